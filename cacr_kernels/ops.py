@@ -1,0 +1,151 @@
+"""Dispatcher operators (schemas, fake kernels, implementations) and the autograd function over them.
+
+Imports only torch: a backend is imported when an operator first runs on it. The operators are
+
+    cacr_kernels::scores_forward   [attn] or [tt, tv, vt, vv]  -> loss [B, H], tensors saved for the backward
+    cacr_kernels::scores_backward  grad_loss [B, H], ...       -> one gradient per input
+    cacr_kernels::qk_forward, cacr_kernels::qk_backward        the same from [q, k]
+
+Registered at import, before anything can be traced; define / impl / register_fake is the cheapest boundary torch has.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .problem import ROW_NUMBERS, Options, Spans
+
+_PROBLEM = (
+    "Tensor? table, SymInt text_start, SymInt n_text, SymInt vision_start, SymInt n_vision, str kind, str sides, "
+    "float projection_scale, bool projection_mean, bool row_mean, str stop_gradient, float scale, str backend"
+)
+
+_library = torch.library.Library("cacr_kernels", "DEF")
+for _variant in ("scores", "qk"):
+    _library.define(f"{_variant}_forward(Tensor[] inputs, {_PROBLEM}, bool needs_grad) -> (Tensor, Tensor[])")
+    _library.define(f"{_variant}_backward(Tensor grad_loss, Tensor[] inputs, Tensor[] saved, {_PROBLEM}) -> Tensor[]")
+
+
+def _backend(name: str) -> Any:
+    """The object with scores_forward, scores_backward, qk_forward and qk_backward."""
+    if name == "triton":
+        return importlib.import_module("cacr_kernels.triton")
+    return getattr(importlib.import_module("cacr_kernels.native"), name)
+
+
+def _unpack(problem: tuple[Any, ...]) -> tuple[Spans, Options, float, str]:
+    table, text_start, n_text, vision_start, n_vision, *options, scale, backend = problem
+    return Spans(text_start, n_text, vision_start, n_vision, table), Options(*options), scale, backend
+
+
+def _forward(variant: str, inputs: list[Tensor], *problem: Any) -> tuple[Tensor, list[Tensor]]:
+    *problem_args, needs_grad = problem
+    spans, options, scale, backend = _unpack(tuple(problem_args))
+    extra = (scale,) if variant == "qk" else ()
+    return getattr(_backend(backend), f"{variant}_forward")(inputs, spans, options, needs_grad, *extra)
+
+
+def _backward(variant: str, grad_loss: Tensor, inputs: list[Tensor], saved: list[Tensor], *problem: Any) -> list[Tensor]:
+    spans, options, scale, backend = _unpack(problem)
+    extra = (scale,) if variant == "qk" else ()
+    return getattr(_backend(backend), f"{variant}_backward")(grad_loss, inputs, saved, spans, options, *extra)
+
+
+def _forward_fake(variant: str, inputs: list[Tensor], *problem: Any) -> tuple[Tensor, list[Tensor]]:
+    *problem_args, needs_grad = problem
+    spans, _, _, backend = _unpack(tuple(problem_args))
+    x = inputs[0]
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    loss = x.new_empty(x.shape[:2], dtype=dtype)
+    return loss, _saved_fake(inputs, spans, backend) if needs_grad else []
+
+
+def _saved_fake(inputs: list[Tensor], spans: Spans, backend: str) -> list[Tensor]:
+    if backend == "cpu":  # the gradients themselves, for grad_loss = 1
+        return _gradients_fake(inputs)
+    shape = (*inputs[0].shape[:2], ROW_NUMBERS, spans.n_text + spans.n_vision)
+    return [inputs[0].new_empty(shape, dtype=torch.float32)]
+
+
+def _gradients_fake(inputs: list[Tensor]) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x in inputs]
+
+
+def _backward_fake(variant: str, grad_loss: Tensor, inputs: list[Tensor], saved: list[Tensor], *_: Any) -> list[Tensor]:
+    return _gradients_fake(inputs)
+
+
+def _bind(function: Any, variant: str) -> Any:
+    def bound(*args: Any) -> Any:
+        return function(variant, *args)
+
+    return bound
+
+
+for _variant in ("scores", "qk"):
+    for _name, _real, _fake in (("forward", _forward, _forward_fake), ("backward", _backward, _backward_fake)):
+        _library.impl(f"{_variant}_{_name}", _bind(_real, _variant), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"cacr_kernels::{_variant}_{_name}", _bind(_fake, _variant), lib=_library)
+
+
+class _Congruence(torch.autograd.Function):
+    """Loss [B, H] of one problem: ``apply(variant, problem (flat, as in the schema), needs_grad, table, *inputs)``."""
+
+    @staticmethod
+    def forward(ctx: Any, variant: str, numbers: tuple[Any, ...], needs_grad: bool, table: Any, *inputs: Tensor) -> Tensor:
+        forward = getattr(torch.ops.cacr_kernels, f"{variant}_forward")
+        loss, saved = forward(list(inputs), table, *numbers, needs_grad)
+        ctx.variant, ctx.numbers, ctx.n_inputs = variant, numbers, len(inputs)
+        ctx.save_for_backward(table, *inputs, *saved)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Any, ...]:
+        table, *tensors = ctx.saved_tensors
+        gradients = _Gradient.apply(ctx.variant, ctx.numbers, ctx.n_inputs, table, grad_loss, *tensors)
+        wanted = ctx.needs_input_grad[4:]
+        return None, None, None, None, *(g if w else None for g, w in zip(gradients, wanted))
+
+
+class _Gradient(torch.autograd.Function):
+    """The backward as a function of its own, so that a second derivative is refused in words instead of being dropped."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, variant: str, numbers: tuple[Any, ...], n_inputs: int, table: Any, grad_loss: Tensor, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        backward = getattr(torch.ops.cacr_kernels, f"{variant}_backward")
+        return tuple(backward(grad_loss, list(tensors[:n_inputs]), list(tensors[n_inputs:]), table, *numbers))
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise RuntimeError(
+            "fused_cacr has no second derivative (its backward is a hand-written kernel); for gradients of gradients use "
+            "backend='reference', which is ordinary differentiable PyTorch"
+        )
+
+
+def congruence(
+    variant: str, inputs: list[Tensor], spans: Spans, options: Options, backend: str, scale: float = 1.0
+) -> Tensor:
+    """Loss [B, H] on a kernel backend, differentiable once in every input."""
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    numbers = (
+        spans.text_start,
+        spans.n_text,
+        spans.vision_start,
+        spans.n_vision,
+        options.kind,
+        options.sides,
+        options.projection_scale,
+        options.projection_mean,
+        options.row_mean,
+        options.stop_gradient,
+        scale,
+        backend,
+    )
+    return _Congruence.apply(variant, numbers, needs_grad, spans.table, *inputs)
