@@ -4,6 +4,6 @@
 class UserError(Exception):
     """An expected problem: a missing file, a corrupt record, a wrong option.
 
-    The message is one or two sentences: what is wrong, where, and what to do. The `cacr` command prints it without a traceback and
-    exits with status 2.
+    The message is one or two sentences: what is wrong, where, and what to do. The `cacr` command prints it without a
+    traceback and exits with status 2.
     """

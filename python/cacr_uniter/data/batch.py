@@ -13,8 +13,8 @@ from torch import Tensor
 class Batch:
     """B caption-image pairs, texts padded on the right to T columns, regions to R.
 
-    The joint sequence is uncompacted: text at columns 0 .. T-1, regions at T .. T+R-1. [CLS], [SEP] and padding lie outside the two
-    spans that the congruence losses read (`spans`).
+    The joint sequence is uncompacted: text at columns 0 .. T-1, regions at T .. T+R-1. [CLS], [SEP] and padding lie
+    outside the two spans that the congruence losses read (`spans`).
 
     Attributes:
         input_ids: [B, T] int64, [CLS] pieces [SEP], then 0.

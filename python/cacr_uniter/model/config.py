@@ -29,8 +29,8 @@ class UniterConfig:
         img_dim: width of a region feature; outside the published JSON, whose code fixes it at 2048.
 
     Raises:
-        ValueError: a size is not positive, the heads do not divide the width, a probability is outside [0, 1), or the activation is
-            not "gelu".
+        ValueError: a size is not positive, the heads do not divide the width, a probability is outside [0, 1), or the
+            activation is not "gelu".
     """
 
     vocab_size: int = 28996
@@ -93,8 +93,8 @@ class UniterConfig:
         """Reads a published configuration file.
 
         Raises:
-            UserError: the file is missing, is not a JSON object, has a key that is not a field of this class, or a value that the
-                class refuses.
+            UserError: the file is missing, is not a JSON object, has a key that is not a field of this class, or a
+                value that the class refuses.
         """
         try:
             values: Any = json.loads(Path(path).read_text(encoding="utf-8"))

@@ -14,8 +14,8 @@ LAYER_NORM_EPS = 1e-12
 class LayerNorm(nn.LayerNorm):
     """Layer normalisation with eps 1e-12, computed in at least float32 and returned in the dtype of its weight.
 
-    In float16 or bfloat16 the published eps would vanish beside the variance, so the statistics are always float32: under autocast
-    (float32 weights) the output, and with it the residual stream, stays float32.
+    In float16 or bfloat16 the published eps would vanish beside the variance, so the statistics are always float32:
+    under autocast (float32 weights) the output, and with it the residual stream, stays float32.
     """
 
     def __init__(self, size: int) -> None:
@@ -53,7 +53,8 @@ class TextEmbeddings(nn.Module):
 
 
 class ImageEmbeddings(nn.Module):
-    """e_r = Drop(LN(LN_img(W_img f_r + b_img) + LN_pos(W_pos p_r + b_pos) + Type[1])); regions have no sequence position.
+    """e_r = Drop(LN(LN_img(W_img f_r + b_img) + LN_pos(W_pos p_r + b_pos) + Type[1])); regions have no sequence
+    position.
 
     `mask_embedding` belongs to pre-training (masked regions). It is kept for its checkpoint key and takes no gradient.
     """

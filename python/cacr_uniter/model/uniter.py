@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,11 @@ class Encoder(nn.Module):
     def __init__(self, config: UniterConfig) -> None:
         super().__init__()
         self.layer = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_hidden_layers))
+
+    @property
+    def last(self) -> EncoderLayer:
+        """The layer whose scores the congruence losses read."""
+        return cast(EncoderLayer, self.layer[-1])
 
 
 class UniterModel(nn.Module):
@@ -80,8 +85,8 @@ class UniterModel(nn.Module):
 class UniterForRetrieval(nn.Module):
     """UNITER with the ranking head and the two-way matching head on the pooled vector.
 
-    State-dict keys are the published ones: `uniter.*`, `itm_output.*`, `rank_output.*`. Weights start as N(0, initializer_range),
-    biases 0, layer norms 1 and 0.
+    State-dict keys are the published ones: `uniter.*`, `itm_output.*`, `rank_output.*`. Weights start as N(0,
+    initializer_range), biases 0, layer norms 1 and 0.
 
     Args:
         config: sizes of the model.
@@ -112,10 +117,12 @@ class UniterForRetrieval(nn.Module):
             batch: B pairs, text padded to T columns, regions to R; see `Batch`.
 
         Returns:
-            Output with rank_scores [B] and itm_logits [B, 2] in float32 (float64 for a float64 model), last_input [B, T + R, H].
+            Output with rank_scores [B] and itm_logits [B, 2] in float32 (float64 for a float64 model), last_input [B,
+            T + R, H].
 
         Raises:
-            ValueError: T exceeds max_position_embeddings, or the region features have another width than `config.img_dim`.
+            ValueError: T exceeds max_position_embeddings, or the region features have another width than
+                `config.img_dim`.
         """
         if batch.features.shape[-1] != self.config.img_dim:
             raise ValueError(
@@ -129,8 +136,8 @@ class UniterForRetrieval(nn.Module):
     def last_layer_qk(self, last_input: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys of the last encoder layer, recomputed from its input with its own projections.
 
-        Their scaled product q k^T / sqrt d is the layer's attention score matrix S (paper, Eq. 1), which the forward pass never forms.
-        Gradients flow to the two projections and to everything below.
+        Their scaled product q k^T / sqrt d is the layer's attention score matrix S (paper, Eq. 1), which the forward
+        pass never forms. Gradients flow to the two projections and to everything below.
 
         Args:
             last_input: [B, S, H], `Output.last_input`, or any rows of it.
@@ -138,14 +145,14 @@ class UniterForRetrieval(nn.Module):
         Returns:
             q and k, each [B, A, S, d].
         """
-        attention = self.uniter.encoder.layer[-1].attention.self
+        attention = self.uniter.encoder.last.attention.self
         return attention.split_heads(attention.query(last_input)), attention.split_heads(attention.key(last_input))
 
     def freeze_layers(self, count: int) -> None:
         """Freezes the embeddings and the first `count` encoder layers; 0 frees all of them again.
 
-        Frozen parts take no gradient and run without autograd: nothing below the first trained layer is kept for the backward pass.
-        In training mode their dropout stays active.
+        Frozen parts take no gradient and run without autograd: nothing below the first trained layer is kept for the
+        backward pass. In training mode their dropout stays active.
 
         Raises:
             ValueError: `count` is negative or more than the number of layers.
@@ -161,7 +168,9 @@ class UniterForRetrieval(nn.Module):
             layer.requires_grad_(index >= count)
 
     def checkpoint_activations(self, enabled: bool = True) -> None:
-        """Recomputes every trained encoder layer in the backward pass instead of keeping its activations (training mode only)."""
+        """Recomputes every trained encoder layer in the backward pass instead of keeping its activations (training
+        mode only).
+        """
         self.uniter.checkpoint_activations = enabled
 
     def set_dropout(self, probability: float) -> None:
