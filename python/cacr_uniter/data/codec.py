@@ -1,0 +1,150 @@
+"""Safe decoding of stored arrays: msgpack maps with arrays inside, npz archives, LZ4 frames. Executes nothing that it
+reads.
+
+The published image databases hold msgpack maps whose arrays are maps {nd, type, kind, shape, data}. The package that
+wrote them unpickles arrays of objects on reading, which runs code of the file's author; this decoder accepts only plain
+numbers.
+"""
+
+from __future__ import annotations
+
+import io
+import zipfile
+import zlib
+from pathlib import Path
+from typing import IO, Any
+
+import lz4.frame
+import msgpack
+import numpy as np
+from numpy.lib import format as npy
+
+NUMERIC_KINDS = "fiub"
+
+
+def _numeric_dtype(name: Any) -> np.dtype:
+    text = name.decode("ascii") if isinstance(name, bytes) else name
+    dtype = np.dtype(text) if isinstance(text, str) else None
+    if dtype is None or dtype.kind not in NUMERIC_KINDS:
+        raise ValueError(f"array of type {name!r} refused: only plain numbers are read, never Python objects")
+    return dtype
+
+
+def _decode_array(item: dict[Any, Any]) -> Any:
+    """msgpack object hook: turns an array map into an array, leaves any other map alone."""
+    fields = {key.decode("ascii") if isinstance(key, bytes) else key: value for key, value in item.items()}
+    if "nd" not in fields:
+        return item
+    kind = fields.get("kind", b"")
+    if kind not in (b"", ""):
+        raise ValueError(f"array of kind {kind!r} refused: only plain numbers are read, never Python objects")
+    dtype = _numeric_dtype(fields.get("type"))
+    data = fields.get("data")
+    if not isinstance(data, bytes):
+        raise ValueError(f"array data: expected bytes, got {type(data).__name__}")
+    flat = np.frombuffer(data, dtype=dtype)
+    if fields["nd"] is not True:
+        return flat.reshape(())[()]
+    shape = fields.get("shape")
+    if not isinstance(shape, (list, tuple)) or not all(isinstance(size, int) and size >= 0 for size in shape):
+        raise ValueError(f"array shape: expected a list of sizes, got {shape!r}")
+    return flat.reshape(shape)
+
+
+def _encode_array(value: Any) -> Any:
+    """msgpack default: the inverse of `_decode_array`."""
+    if isinstance(value, (np.ndarray, np.generic)):
+        dtype = _numeric_dtype(value.dtype.str)
+        if isinstance(value, np.ndarray):
+            data = np.ascontiguousarray(value).tobytes()
+            return {b"nd": True, b"type": dtype.str, b"kind": b"", b"shape": list(value.shape), b"data": data}
+        return {b"nd": False, b"type": dtype.str, b"data": value.tobytes()}
+    raise TypeError(f"cannot be stored: {type(value).__name__}")
+
+
+def pack_arrays(record: dict[str, Any]) -> bytes:
+    """A map of arrays and plain values as msgpack, in the published layout.
+
+    Raises:
+        TypeError: a value is neither plain nor an array of numbers.
+    """
+    return msgpack.packb(record, default=_encode_array, use_bin_type=True)
+
+
+def unpack_arrays(data: bytes) -> dict[str, Any]:
+    """The inverse of `pack_arrays`; arrays are read-only views of `data`.
+
+    Raises:
+        ValueError: not a msgpack map with string keys, damaged, or with anything but plain numbers in an array.
+    """
+    try:
+        record = msgpack.unpackb(data, object_hook=_decode_array, raw=False)
+    except (msgpack.UnpackException, UnicodeDecodeError, TypeError, RecursionError) as error:
+        raise ValueError(f"damaged msgpack record ({error or type(error).__name__})") from error
+    if not isinstance(record, dict) or not all(isinstance(key, str) for key in record):
+        raise ValueError(f"expected a msgpack map with string keys, got {type(record).__name__}")
+    return record
+
+
+def pack_npz(record: dict[str, Any]) -> bytes:
+    """A map of arrays as a compressed npz archive."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **record)
+    return buffer.getvalue()
+
+
+def _npy_dtype(stream: IO[bytes]) -> np.dtype:
+    """Type of the array in an open npy member, from its header alone."""
+    version = npy.read_magic(stream)
+    if version == (1, 0):
+        return npy.read_array_header_1_0(stream)[2]
+    if version == (2, 0):
+        return npy.read_array_header_2_0(stream)[2]
+    raise ValueError(f"npy version {version} is not supported")
+
+
+def unpack_npz(source: bytes | str | Path, skip_objects: bool = False) -> dict[str, np.ndarray]:
+    """The arrays of an npz archive.
+
+    Args:
+        source: the archive, as bytes or as a path.
+        skip_objects: leave arrays of Python objects out instead of raising. They are never unpickled.
+
+    Raises:
+        ValueError: not a whole npz archive, an array is damaged, or it holds Python objects and they are not skipped.
+        FileNotFoundError: the path does not exist.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    try:
+        with zipfile.ZipFile(io.BytesIO(source) if isinstance(source, bytes) else source) as archive:
+            for member in archive.namelist():
+                name = member.removesuffix(".npy")
+                with archive.open(member) as stream:
+                    holds_objects = _npy_dtype(stream).hasobject
+                if not holds_objects:
+                    with archive.open(member) as stream:
+                        arrays[name] = npy.read_array(stream, allow_pickle=False)
+                elif not skip_objects:
+                    raise ValueError(f"array {name!r} holds Python objects: refused, only plain numbers are read")
+    except FileNotFoundError:
+        raise
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, KeyError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(f"damaged npz archive ({error or type(error).__name__})") from error
+    return arrays
+
+
+def pack_text(record: dict[str, Any]) -> bytes:
+    """A caption record as the published LZ4 frame around a msgpack map."""
+    return lz4.frame.compress(msgpack.packb(record, use_bin_type=True))
+
+
+def unpack_text(data: bytes) -> dict[str, Any]:
+    """The inverse of `pack_text`.
+
+    Raises:
+        ValueError: not a whole LZ4 frame, or not a msgpack map with string keys inside.
+    """
+    try:
+        return unpack_arrays(lz4.frame.decompress(data))
+    except RuntimeError as error:
+        raise ValueError(f"damaged LZ4 frame ({error})") from error

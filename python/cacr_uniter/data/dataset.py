@@ -1,0 +1,96 @@
+"""The retrieval data set: captions and images of two databases, made into batches of pairs. Samples nothing itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cacr_uniter.data.batch import Batch, collate
+from cacr_uniter.data.image_db import ImageDB, Regions
+from cacr_uniter.data.text_db import TextDB
+from cacr_uniter.errors import UserError
+
+
+class RetrievalDataset:
+    """Captions with their images. It can be pickled and used from any number of worker processes.
+
+    Args:
+        text_db: captions.
+        image_db: region features of at least the captions' images.
+        max_text_length: captions of more word pieces are left out (60 in the published training); None keeps all.
+        max_positions: position embeddings of the model; a longer text cannot be embedded.
+
+    Attributes:
+        caption_ids: ids in the database's order.
+        image_names: images of these captions, each once, in order of first mention.
+        txt2img: caption id -> image name.
+        img2txts: image name -> ids of its captions, only those in `caption_ids`.
+
+    Raises:
+        UserError: no caption is left, an image of a caption is not in the image database, or a caption is too long for
+            the model.
+    """
+
+    def __init__(
+        self, text_db: TextDB, image_db: ImageDB, max_text_length: int | None = None, max_positions: int = 512
+    ) -> None:
+        self.text_db = text_db
+        self.image_db = image_db
+        self.caption_ids = text_db.ids(max_text_length)
+        if not self.caption_ids:
+            raise UserError(f"text database {text_db.folder}: no caption of at most {max_text_length} word pieces")
+        longest = max(text_db.lengths[caption_id] for caption_id in self.caption_ids)
+        if longest + 2 > max_positions:
+            raise UserError(
+                f"text database {text_db.folder}: a caption has {longest} word pieces and the model takes "
+                f"{max_positions - 2}; set max_text_length"
+            )
+        self.txt2img: dict[str, str] = {}
+        self.img2txts: dict[str, list[str]] = {}
+        for caption_id in self.caption_ids:
+            if caption_id not in text_db.txt2img:
+                raise UserError(f"text database {text_db.folder}: txt2img.json has no image for caption {caption_id!r}")
+            image = text_db.txt2img[caption_id]
+            self.txt2img[caption_id] = image
+            self.img2txts.setdefault(image, []).append(caption_id)
+        self.image_names = list(self.img2txts)
+        absent = [name for name in self.image_names if name not in image_db]
+        if absent:
+            raise UserError(
+                f"image database {image_db.folder}: {len(absent)} of {len(self.image_names)} images of the captions "
+                f"are missing, first {absent[0]!r}; do text and image database belong together?"
+            )
+
+    def __len__(self) -> int:
+        return len(self.caption_ids)
+
+    @property
+    def feature_dim(self) -> int:
+        """Width of the region features: `img_dim` of the model configuration."""
+        return self.image_db.feature_dim
+
+    def batch(self, pairs: Sequence[tuple[str, str]]) -> Batch:
+        """Loads and pads pairs; an image that occurs many times is read once.
+
+        Args:
+            pairs: (caption id, image name), any of the databases, matching or not.
+
+        Returns:
+            A `Batch` on the CPU in the order of `pairs`.
+
+        Raises:
+            UserError: an unknown id or name, or a damaged record.
+        """
+        texts: dict[str, list[int]] = {}
+        regions: dict[str, Regions] = {}
+        for caption_id, image in pairs:
+            if caption_id not in texts:
+                texts[caption_id] = self.text_db.caption(caption_id).input_ids
+            if image not in regions:
+                regions[image] = self.image_db.read(image)
+        return collate(
+            [texts[caption_id] for caption_id, _ in pairs],
+            [regions[image] for _, image in pairs],
+            self.text_db.cls,
+            self.text_db.sep,
+            img_dim=None if pairs else self.feature_dim,
+        )

@@ -1,0 +1,324 @@
+"""The published image database: reader and writer. Knows the format, not where features come from.
+
+A folder `feat_th0.2_max100_min10` (or `feat_numbb36`, or `all`, each also with the suffix `_compressed`) with data.mdb:
+npz name -> msgpack map (compressed: npz archive) of norm_bb [n, 6], features [n, img_dim], conf [n, 1], soft_labels;
+the record `__keys__` is the JSON list of names. The box counts lie beside the folder in `nbb_th0.2_max100_min10.json`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cacr_uniter.data import codec
+from cacr_uniter.data.lmdb_store import Reader, Writer, read_json, write_json
+from cacr_uniter.errors import UserError
+
+KEYS_RECORD = "__keys__"
+COUNTS_LOG = "counts.jsonl"
+
+
+class Regions(NamedTuple):
+    """The regions of one image.
+
+    Attributes:
+        features: [n, img_dim] float32.
+        boxes: [n, 7] float32: x1, y1, x2, y2, w, h as fractions of the image, and the area w h.
+    """
+
+    features: Tensor
+    boxes: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class BoxRule:
+    """How many of an image's regions, sorted by falling confidence, are used.
+
+    min(max_boxes, max(min_boxes, number of regions with confidence > threshold)), or `fixed` regions of every image.
+    """
+
+    threshold: float = 0.2
+    max_boxes: int = 100
+    min_boxes: int = 10
+    fixed: int | None = None
+
+    @property
+    def folder(self) -> str:
+        """Name of the database folder made by this rule."""
+        return f"feat_numbb{self.fixed}" if self.fixed is not None else f"feat_{self._name}"
+
+    @property
+    def counts_file(self) -> str | None:
+        """Name of the JSON file of box counts beside the folder; none for a fixed number."""
+        return None if self.fixed is not None else f"nbb_{self._name}.json"
+
+    @property
+    def _name(self) -> str:
+        return f"th{self.threshold}_max{self.max_boxes}_min{self.min_boxes}"
+
+    def count(self, confidence: np.ndarray | None, size: int) -> int:
+        """Number of regions used of `size`; without confidences only `fixed` or `max_boxes` limits it."""
+        if self.fixed is not None:
+            return min(self.fixed, size)
+        if confidence is None:
+            return min(self.max_boxes, size)
+        confident = int((np.asarray(confidence).reshape(-1) > self.threshold).sum())
+        return min(self.max_boxes, max(self.min_boxes, confident), size)
+
+
+class ImageDB:
+    """Reader of an image database.
+
+    Args:
+        folder: the database folder itself, or the folder that holds `feat_...` or `all`; then `rule` chooses, first the
+            plain folder, then the compressed one, then `all`, whose records hold every region and are cut on reading.
+        rule: how many regions are used.
+
+    Raises:
+        UserError: no such database, or its files are damaged.
+    """
+
+    def __init__(self, folder: str | Path, rule: BoxRule | None = None) -> None:
+        self.rule = rule or BoxRule()
+        self.folder = self._find(Path(folder))
+        self._reader = Reader(self.folder)
+        self._counts = self._read_counts()
+        self._feature_dim: int | None = None
+
+    def _find(self, root: Path) -> Path:
+        if (root / "data.mdb").is_file():
+            return root
+        wanted = [name + suffix for name in (self.rule.folder, "all") for suffix in ("", "_compressed")]
+        for name in wanted:
+            if (root / name / "data.mdb").is_file():
+                return root / name
+        raise UserError(f"image database {root}: found none of the folders {', '.join(wanted)} with a data.mdb")
+
+    @property
+    def _holds_all(self) -> bool:
+        return self.folder.name.removesuffix("_compressed") == "all"
+
+    def _read_counts(self) -> dict[str, int] | None:
+        name = self.folder.name.removesuffix("_compressed")
+        beside = self.folder.parent / f"{name.replace('feat_', 'nbb_', 1)}.json"
+        path = self.folder / "nbb.json" if self._holds_all else beside
+        if not path.is_file():
+            return None
+        counts = read_json(path, "image database")
+        if not isinstance(counts, dict) or not all(type(count) is int for count in counts.values()):
+            raise UserError(f"image database {self.folder}: {path} is not a map of names to box counts")
+        return counts
+
+    def names(self) -> list[str]:
+        """Names of all images."""
+        if KEYS_RECORD not in self._reader:
+            return [key for key in self._reader.all_keys() if key != KEYS_RECORD]
+        try:
+            names = json.loads(self._reader.get(KEYS_RECORD))
+        except ValueError as error:
+            raise UserError(f"image database {self.folder}: record {KEYS_RECORD!r} is damaged ({error})") from error
+        return [str(name) for name in names]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._reader
+
+    def record(self, name: str) -> dict[str, np.ndarray]:
+        """The stored arrays of one image, uncut, checked for shape.
+
+        Raises:
+            UserError: no such image, a damaged record, or arrays of the wrong shape or type.
+        """
+        data = self._reader.get(name)
+        try:
+            arrays: dict[str, Any] = codec.unpack_npz(data) if data[:2] == b"PK" else codec.unpack_arrays(data)
+            self._check(arrays)
+        except ValueError as error:
+            raise UserError(
+                f"image database {self.folder}: record {name!r} is damaged ({error}); copy or create it again"
+            ) from error
+        return arrays
+
+    @staticmethod
+    def _check(arrays: dict[str, Any]) -> None:
+        for key in ("norm_bb", "features"):
+            value = arrays.get(key)
+            if not isinstance(value, np.ndarray) or value.ndim != 2:
+                raise ValueError(f"{key} is missing or not a matrix")
+        boxes, features = arrays["norm_bb"], arrays["features"]
+        if boxes.shape[1] != 6 or len(boxes) != len(features):
+            raise ValueError(f"norm_bb {list(boxes.shape)} does not fit features {list(features.shape)}")
+        if "conf" in arrays and np.size(arrays["conf"]) != len(boxes):
+            raise ValueError(f"conf has {np.size(arrays['conf'])} values for {len(boxes)} regions")
+
+    def _used(self, name: str, arrays: dict[str, np.ndarray]) -> int:
+        size, confidence = len(arrays["norm_bb"]), arrays.get("conf")
+        if self._counts is None or (self._holds_all and confidence is not None):
+            return self.rule.count(confidence, size)
+        if name not in self._counts:
+            raise UserError(f"image database {self.folder}: the box counts have no entry for {name!r}; create it again")
+        return min(self._counts[name], size)
+
+    def count(self, name: str) -> int:
+        """Number of regions that `read` returns; reads the record only where no count is stored."""
+        if self._counts is not None and not self._holds_all and name in self._counts:
+            return self._counts[name]
+        return self._used(name, self.record(name))
+
+    def read(self, name: str) -> Regions:
+        """Features and 7-number boxes of one image, most confident regions first.
+
+        Raises:
+            UserError: no such image, or its record is damaged.
+        """
+        arrays = self.record(name)
+        used = self._used(name, arrays)
+        features = torch.from_numpy(arrays["features"][:used].astype(np.float32))
+        box = torch.from_numpy(arrays["norm_bb"][:used].astype(np.float32))
+        return Regions(features, torch.cat([box, box[:, 4:5] * box[:, 5:6]], dim=1))
+
+    @property
+    def feature_dim(self) -> int:
+        """Width of the features, of the first image.
+
+        Raises:
+            UserError: the database is empty.
+        """
+        if self._feature_dim is None:
+            names = self.names()
+            if not names:
+                raise UserError(f"image database {self.folder}: holds no image")
+            self._feature_dim = int(self.record(names[0])["features"].shape[1])
+        return self._feature_dim
+
+    def close(self) -> None:
+        """Closes the files; a later read opens them again."""
+        self._reader.close()
+
+
+class ImageDBWriter:
+    """Writes an image database; use it as a context manager.
+
+    The folder appears only when the block ends without error. After an error, or a kill, the committed records stay in
+    `<folder>.partial`, and a writer with `resume=True` goes on from them.
+
+    Args:
+        root: folder that will hold the database folder and the counts file.
+        rule: how many regions are kept; it also names the folder.
+        compressed: store npz archives instead of plain msgpack.
+        dtype: "float16" (published) or "float32".
+        resume: keep what an interrupted writer left.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        rule: BoxRule | None = None,
+        compressed: bool = False,
+        dtype: str = "float16",
+        resume: bool = False,
+    ) -> None:
+        if dtype not in ("float16", "float32"):
+            raise ValueError(f'dtype: expected "float16" or "float32", got {dtype!r}')
+        self.rule = rule or BoxRule()
+        self.root = Path(root)
+        self.folder = self.root / (self.rule.folder + ("_compressed" if compressed else ""))
+        self._pack = codec.pack_npz if compressed else codec.pack_arrays
+        self._dtype = np.dtype(dtype)
+        self._writer = Writer(self.folder, resume)
+        self._log_path = self._writer.partial / COUNTS_LOG
+        self.counts = self._read_log()
+        self._log = self._log_path.open("w", encoding="utf-8")
+        for name, count in self.counts.items():
+            self._note(name, count)
+
+    def _read_log(self) -> dict[str, int]:
+        """Counts of the committed records; lines of records that were lost in a kill are dropped."""
+        counts: dict[str, int] = {}
+        if not self._log_path.exists():
+            return counts
+        for line in self._log_path.read_text(encoding="utf-8").splitlines():
+            try:
+                name, count = json.loads(line)
+            except ValueError:
+                break
+            if self._writer.get(name) is not None:
+                counts[name] = count
+        return counts
+
+    def _note(self, name: str, count: int) -> None:
+        self._log.write(json.dumps([name, count]) + "\n")
+        self._log.flush()
+
+    def write(
+        self,
+        name: str,
+        features: np.ndarray,
+        norm_bb: np.ndarray,
+        conf: np.ndarray | None = None,
+        soft_labels: np.ndarray | None = None,
+    ) -> int:
+        """Adds one image and returns the number of regions kept.
+
+        Args:
+            name: npz name, the key.
+            features: [n, img_dim].
+            norm_bb: [n, 6] x1, y1, x2, y2, w, h as fractions of the image.
+            conf: [n] or [n, 1] confidences, falling; all 1 if absent.
+            soft_labels: [n, classes], optional.
+
+        Raises:
+            ValueError: shapes that do not fit, rising confidences, a repeated name, or numbers that are not finite in
+                the stored type.
+        """
+        if name in self.counts or name == KEYS_RECORD:
+            raise ValueError(f"name: expected a new image name, got {name!r}")
+        size = len(features)
+        confidence = np.ones(size) if conf is None else np.asarray(conf, dtype=np.float64).reshape(-1)
+        if np.shape(norm_bb) != (size, 6) or np.ndim(features) != 2 or len(confidence) != size:
+            raise ValueError(
+                f"{name}: expected features [n, d], norm_bb [n, 6] and conf [n], got {np.shape(features)}, "
+                f"{np.shape(norm_bb)} and {confidence.shape}"
+            )
+        if (np.diff(confidence) > 0).any():
+            raise ValueError(f"{name}: expected regions sorted by falling confidence; sort them first")
+        kept = self.rule.count(None if conf is None else confidence, size)
+        arrays = {"norm_bb": norm_bb, "features": features, "conf": confidence[:, None]}
+        if soft_labels is not None:
+            arrays["soft_labels"] = soft_labels
+        with np.errstate(over="ignore"):
+            record = {key: np.asarray(value)[:kept].astype(self._dtype) for key, value in arrays.items()}
+        for key, value in record.items():
+            if not np.isfinite(value).all():
+                raise ValueError(f"{name}: {key} has numbers that are not finite in {self._dtype}")
+        self._note(name, kept)
+        self._writer.put(name, self._pack(record))
+        self.counts[name] = kept
+        return kept
+
+    def close(self) -> None:
+        """Writes the names and the counts, and gives the folder its name."""
+        self._log.close()
+        self._log_path.unlink()
+        self._writer.put(KEYS_RECORD, json.dumps(list(self.counts)).encode("utf-8"))
+        if self.rule.counts_file is not None:
+            write_json(self.root / self.rule.counts_file, self.counts)
+        self._writer.finish()
+
+    def __enter__(self) -> ImageDBWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._log.close()
+            self._writer.abandon()

@@ -1,0 +1,6 @@
+"""Readers and writers of the published LMDB databases, under one name."""
+
+from cacr_uniter.data.image_db import BoxRule, ImageDB, ImageDBWriter, Regions
+from cacr_uniter.data.text_db import Caption, TextDB, TextDBWriter
+
+__all__ = ["BoxRule", "Caption", "ImageDB", "ImageDBWriter", "Regions", "TextDB", "TextDBWriter"]

@@ -1,0 +1,192 @@
+"""One LMDB environment, opened late and closed safely: the layer below the text and image databases."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lmdb
+
+from cacr_uniter.errors import UserError
+
+COMMIT_EVERY = 1000
+FIRST_MAP_SIZE = 1 << 30
+
+_open_environments: dict[tuple[int, str], lmdb.Environment] = {}
+_open_lock = threading.Lock()
+
+
+def read_json(path: Path, what: str) -> Any:
+    """Parses a JSON file that belongs to a database.
+
+    Raises:
+        UserError: missing, unreadable or damaged; the message names `what`.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{what}: {path} is missing; is this a whole database folder?") from error
+    except OSError as error:
+        raise UserError(f"{what}: {path} cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise UserError(f"{what}: {path} is not valid JSON ({error}); copy or create the database again") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file whole or not at all: a neighbour first, then a rename."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as stream:
+        json.dump(value, stream, ensure_ascii=False)
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.replace(path)
+
+
+class Reader:
+    """Read-only access to the records of one LMDB folder.
+
+    The environment opens at the first read of each process, so a reader can be pickled and survives a fork; readers of
+    the same folder share one environment, which LMDB allows only once a process. No lock file is needed.
+
+    Args:
+        folder: holds data.mdb.
+
+    Raises:
+        UserError: the folder has no data.mdb.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        if not (folder / "data.mdb").is_file():
+            raise UserError(f"database {folder}: no data.mdb there; give the folder of an LMDB database")
+
+    def environment(self) -> lmdb.Environment:
+        """The environment of this process and folder, opened if it is not yet."""
+        key = (os.getpid(), str(self.folder.resolve()))
+        with _open_lock:
+            if key not in _open_environments:
+                _open_environments[key] = self._open()
+            return _open_environments[key]
+
+    def _open(self) -> lmdb.Environment:
+        try:
+            environment = lmdb.open(str(self.folder), readonly=True, lock=False, readahead=False, max_readers=1)
+        except lmdb.Error as error:
+            raise UserError(f"database {self.folder}: not a readable LMDB file ({error}); copy it again") from error
+        size = (self.folder / "data.mdb").stat().st_size
+        expected = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+        if size < expected:
+            environment.close()
+            raise UserError(
+                f"database {self.folder}: data.mdb is truncated ({size} of at least {expected} bytes); copy it again"
+            )
+        return environment
+
+    def get(self, key: str) -> bytes:
+        """The stored bytes.
+
+        Raises:
+            UserError: no such record, or LMDB reports damage.
+        """
+        try:
+            with self.environment().begin() as transaction:
+                value = transaction.get(key.encode("utf-8"))
+        except lmdb.Error as error:
+            raise UserError(f"database {self.folder}: record {key!r} cannot be read ({error})") from error
+        if value is None:
+            raise UserError(f"database {self.folder}: no record {key!r}; do text and image database belong together?")
+        return value
+
+    def __contains__(self, key: str) -> bool:
+        with self.environment().begin() as transaction:
+            return bool(transaction.cursor().set_key(key.encode("utf-8")))
+
+    def all_keys(self) -> Iterator[str]:
+        """All keys in LMDB's order."""
+        with self.environment().begin() as transaction:
+            for key in transaction.cursor().iternext(keys=True, values=False):
+                yield bytes(key).decode("utf-8")
+
+    def close(self) -> None:
+        """Closes this process's environment; a later read opens it again."""
+        with _open_lock:
+            environment = _open_environments.pop((os.getpid(), str(self.folder.resolve())), None)
+        if environment is not None:
+            environment.close()
+
+
+class Writer:
+    """Writes an LMDB folder that appears under its name only when it is complete.
+
+    Records go to `<folder>.partial`, a thousand to a transaction; the map grows as needed. `finish` renames the folder.
+
+    Args:
+        folder: the final folder; must not exist.
+        resume: continue an existing partial folder instead of starting again.
+
+    Raises:
+        UserError: the final folder exists already, or the disk cannot be written.
+    """
+
+    def __init__(self, folder: Path, resume: bool = False) -> None:
+        self.folder = folder
+        self.partial = folder.with_name(folder.name + ".partial")
+        if folder.exists():
+            raise UserError(f"database {folder}: exists already; remove it or choose another output folder")
+        try:
+            if self.partial.exists() and not resume:
+                shutil.rmtree(self.partial)
+            self.partial.mkdir(parents=True, exist_ok=True)
+            self._environment = lmdb.open(str(self.partial), map_size=self._initial_size(), readahead=False)
+        except (OSError, lmdb.Error) as error:
+            raise UserError(f"database {folder}: cannot be written ({error})") from error
+        self._pending: list[tuple[bytes, bytes]] = []
+
+    def _initial_size(self) -> int:
+        data = self.partial / "data.mdb"
+        return max(FIRST_MAP_SIZE, 2 * data.stat().st_size if data.exists() else 0)
+
+    def put(self, key: str, value: bytes) -> None:
+        """Queues one record; the queue is committed when it holds a thousand."""
+        self._pending.append((key.encode("utf-8"), value))
+        if len(self._pending) >= COMMIT_EVERY:
+            self.commit()
+
+    def get(self, key: str) -> bytes | None:
+        """A committed record, or None."""
+        with self._environment.begin() as transaction:
+            return transaction.get(key.encode("utf-8"))
+
+    def commit(self) -> None:
+        """Writes the queued records in one transaction.
+
+        Raises:
+            UserError: the disk is full or cannot be written; earlier commits stay.
+        """
+        while True:
+            try:
+                with self._environment.begin(write=True) as transaction:
+                    for key, value in self._pending:
+                        transaction.put(key, value)
+                break
+            except lmdb.MapFullError:
+                self._environment.set_mapsize(2 * self._environment.info()["map_size"])
+            except lmdb.Error as error:
+                raise UserError(f"database {self.folder}: cannot be written ({error}); is the disk full?") from error
+        self._pending.clear()
+
+    def finish(self) -> None:
+        """Commits, closes, and gives the folder its final name."""
+        self.commit()
+        self._environment.sync(True)
+        self._environment.close()
+        self.partial.rename(self.folder)
+
+    def abandon(self) -> None:
+        """Closes without finishing; committed records stay in the partial folder."""
+        self._environment.close()
