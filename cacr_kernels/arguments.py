@@ -33,7 +33,7 @@ def parse_options(
     if not mean and (isinstance(projection_scale, bool) or not isinstance(projection_scale, int | float)):
         raise TypeError(f"projection_scale must be a number or 'mean'; got {type(projection_scale).__name__}")
     scale = 1.0 if mean else float(projection_scale)
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:
         raise ValueError(f"projection_scale must be finite; got {scale}")
     return Options(kind, sides, scale, mean, row_reduction == "mean", stop)  # type: ignore[arg-type]
 

@@ -49,7 +49,9 @@ def _forward(variant: str, inputs: list[Tensor], *problem: Any) -> tuple[Tensor,
     return getattr(_backend(backend), f"{variant}_forward")(inputs, spans, options, needs_grad, *extra)
 
 
-def _backward(variant: str, grad_loss: Tensor, inputs: list[Tensor], saved: list[Tensor], *problem: Any) -> list[Tensor]:
+def _backward(
+    variant: str, grad_loss: Tensor, inputs: list[Tensor], saved: list[Tensor], *problem: Any
+) -> list[Tensor]:
     spans, options, scale, backend = _unpack(problem)
     extra = (scale,) if variant == "qk" else ()
     return getattr(_backend(backend), f"{variant}_backward")(grad_loss, inputs, saved, spans, options, *extra)
@@ -93,40 +95,60 @@ for _variant in ("scores", "qk"):
 
 
 class _Congruence(torch.autograd.Function):
-    """Loss [B, H] of one problem: ``apply(variant, problem (flat, as in the schema), needs_grad, table, *inputs)``."""
+    """Loss [B, H]; ``problem`` is the schema's problem without its table."""
 
     @staticmethod
-    def forward(ctx: Any, variant: str, numbers: tuple[Any, ...], needs_grad: bool, table: Any, *inputs: Tensor) -> Tensor:
-        forward = getattr(torch.ops.cacr_kernels, f"{variant}_forward")
-        loss, saved = forward(list(inputs), table, *numbers, needs_grad)
-        ctx.variant, ctx.numbers, ctx.n_inputs = variant, numbers, len(inputs)
+    def forward(
+        ctx: Any, variant: str, problem: tuple[Any, ...], needs_grad: bool, table: Tensor | None, *inputs: Tensor
+    ) -> Tensor:
+        forward, _ = _operators(variant)
+        loss, saved = forward(list(inputs), table, *problem, needs_grad)
+        ctx.variant = variant
+        ctx.problem = problem
+        ctx.n_inputs = len(inputs)
         ctx.save_for_backward(table, *inputs, *saved)
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Any, ...]:
         table, *tensors = ctx.saved_tensors
-        gradients = _Gradient.apply(ctx.variant, ctx.numbers, ctx.n_inputs, table, grad_loss, *tensors)
-        wanted = ctx.needs_input_grad[4:]
-        return None, None, None, None, *(g if w else None for g, w in zip(gradients, wanted))
+        inputs, saved = tensors[: ctx.n_inputs], tensors[ctx.n_inputs :]
+        if torch.compiler.is_compiling():  # compiled graphs refuse a second derivative by themselves
+            _, backward = _operators(ctx.variant)
+            gradients = backward(grad_loss, inputs, saved, table, *ctx.problem)
+        else:
+            gradients = _Gradient.apply(ctx.variant, ctx.problem, ctx.n_inputs, table, grad_loss, *inputs, *saved)
+        return None, None, None, None, *(g if w else None for g, w in zip(gradients, ctx.needs_input_grad[4:]))
 
 
 class _Gradient(torch.autograd.Function):
-    """The backward as a function of its own, so that a second derivative is refused in words instead of being dropped."""
+    """The backward as a function of its own, so that a second derivative is refused in words and never dropped."""
 
     @staticmethod
     def forward(
-        ctx: Any, variant: str, numbers: tuple[Any, ...], n_inputs: int, table: Any, grad_loss: Tensor, *tensors: Tensor
+        ctx: Any,
+        variant: str,
+        problem: tuple[Any, ...],
+        n_inputs: int,
+        table: Tensor | None,
+        grad_loss: Tensor,
+        *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
-        backward = getattr(torch.ops.cacr_kernels, f"{variant}_backward")
-        return tuple(backward(grad_loss, list(tensors[:n_inputs]), list(tensors[n_inputs:]), table, *numbers))
+        _, backward = _operators(variant)
+        return tuple(backward(grad_loss, list(tensors[:n_inputs]), list(tensors[n_inputs:]), table, *problem))
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Any:
         raise RuntimeError(
-            "fused_cacr has no second derivative (its backward is a hand-written kernel); for gradients of gradients use "
-            "backend='reference', which is ordinary differentiable PyTorch"
+            "fused_cacr has no second derivative (its backward is a hand-written kernel); for gradients of gradients "
+            "use backend='reference', which is ordinary differentiable PyTorch"
         )
+
+
+def _operators(variant: str) -> tuple[Any, Any]:
+    if variant == "qk":
+        return torch.ops.cacr_kernels.qk_forward, torch.ops.cacr_kernels.qk_backward
+    return torch.ops.cacr_kernels.scores_forward, torch.ops.cacr_kernels.scores_backward
 
 
 def congruence(
@@ -134,7 +156,7 @@ def congruence(
 ) -> Tensor:
     """Loss [B, H] on a kernel backend, differentiable once in every input."""
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    numbers = (
+    problem = (
         spans.text_start,
         spans.n_text,
         spans.vision_start,
@@ -148,4 +170,6 @@ def congruence(
         scale,
         backend,
     )
-    return _Congruence.apply(variant, numbers, needs_grad, spans.table, *inputs)
+    # Dynamo cannot trace a Function that is handed one tensor twice: give each repetition a view of its own
+    distinct = [x.view_as(x) if any(x is y for y in inputs[:i]) else x for i, x in enumerate(inputs)]
+    return _Congruence.apply(variant, problem, needs_grad, spans.table, *distinct)

@@ -1,0 +1,130 @@
+"""Which backend can run here, why one cannot, and which one a call gets. An explicit request never falls back."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import warnings
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+BACKENDS = ("triton", "cuda", "cpu", "reference")
+
+#: oldest compute capability on which Triton uses tensor cores
+_TRITON_CAPABILITY = (8, 0)
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """``available``, the ``reason`` when it is not (one line), and ``details`` such as versions and architectures."""
+
+    available: bool
+    reason: str = ""
+    details: str = ""
+
+
+def backends() -> dict[str, BackendStatus]:
+    """State of every backend on this machine: triton, cuda, cpu, reference. Never raises."""
+    return {
+        "triton": _triton_status(),
+        "cuda": _cuda_status(),
+        "cpu": _native_status("cpu"),
+        "reference": BackendStatus(True, details=f"PyTorch {torch.__version__}, any device and float dtype"),
+    }
+
+
+def interpreting() -> bool:
+    """Whether Triton runs its kernels in Python on CPU tensors (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _native_status(name: str) -> BackendStatus:
+    from . import native
+
+    available, reason, details = native.status()[name]
+    return BackendStatus(available, reason, details)
+
+
+def _triton_status() -> BackendStatus:
+    if importlib.util.find_spec("triton") is None:
+        return BackendStatus(False, "the package triton is not installed (pip install triton)")
+    import triton
+
+    version = f"Triton {triton.__version__}"
+    if interpreting():
+        return BackendStatus(
+            True, details=f"{version}, interpreted on the CPU (TRITON_INTERPRET=1): for tests, very slow"
+        )
+    if not torch.cuda.is_available():
+        return BackendStatus(False, "no CUDA GPU is visible to PyTorch", version)
+    capabilities = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    if max(capabilities) < _TRITON_CAPABILITY:
+        best = ".".join(map(str, max(capabilities)))
+        return BackendStatus(False, f"Triton needs compute capability 8.0, this GPU has {best}: use 'cuda'", version)
+    return BackendStatus(True, details=version)
+
+
+def _cuda_status() -> BackendStatus:
+    status = _native_status("cuda")
+    if status.available and not torch.cuda.is_available():
+        return BackendStatus(False, "no CUDA GPU is visible to PyTorch", status.details)
+    return status
+
+
+@cache
+def _why_not(backend: str, variant: str, device_type: str, device_index: int | None, dtype: torch.dtype) -> str:
+    """The empty string if ``backend`` can serve this input, else the reason it cannot."""
+    if backend == "reference":
+        return ""
+    status = backends()[backend]
+    if not status.available:
+        return status.reason
+    if backend == "cpu":
+        return "" if device_type == "cpu" else f"it runs on CPU tensors and the input is on {device_type}"
+    if dtype == torch.float64:
+        return "float64 is computed by the backends 'cpu' and 'reference' only"
+    if backend == "triton" and interpreting():
+        return "" if device_type == "cpu" else "TRITON_INTERPRET=1 runs on CPU tensors only"
+    if device_type != "cuda":
+        return f"it runs on CUDA tensors and the input is on {device_type}"
+    capability = torch.cuda.get_device_capability(device_index)
+    if backend == "triton" and capability < _TRITON_CAPABILITY:
+        return f"Triton needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
+    if backend == "cuda" and variant == "qk":
+        return "it computes fused_cacr only; fused_cacr_qk runs on 'triton', 'cpu' and 'reference'"
+    if backend == "cuda" and dtype == torch.bfloat16 and capability < (8, 0):
+        return f"bfloat16 needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
+    return ""
+
+
+@torch.compiler.assume_constant_result
+def choose(backend: str, variant: str, device_type: str, device_index: int | None, dtype: torch.dtype) -> str:
+    """The backend that runs ``variant`` ("scores" or "qk"): the one asked for, or the fastest that can for "auto"."""
+    if backend != "auto":
+        reason = _why_not(backend, variant, device_type, device_index, dtype)
+        if reason:
+            raise ValueError(f"backend={backend!r} cannot run this input: {reason}. See cacr_kernels.backends().")
+        return backend
+    if device_type == "cuda" and dtype == torch.float64:
+        return "reference"
+    candidates = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}.get(device_type, ())
+    reasons = []
+    for candidate in candidates:
+        reason = _why_not(candidate, variant, device_type, device_index, dtype)
+        if not reason:
+            return candidate
+        reasons.append(f"{candidate}: {reason}")
+    _warn_reference(variant, device_type, "; ".join(reasons) or f"no kernel runs on {device_type}")
+    return "reference"
+
+
+@cache
+def _warn_reference(variant: str, device_type: str, reasons: str) -> None:
+    name = "fused_cacr_qk" if variant == "qk" else "fused_cacr"
+    warnings.warn(
+        f"{name} on {device_type} runs the slow reference backend ({reasons}). Run `cacr doctor` for what to do, or ask "
+        "for backend='reference' to silence this.",
+        stacklevel=4,
+    )
