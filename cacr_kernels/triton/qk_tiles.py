@@ -1,0 +1,64 @@
+"""Device helpers shared by the query/key kernels: spans, operands of exact dots, rows times a D x D matrix."""
+
+# mypy: allow-untyped-defs
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .common import load_spans
+
+
+@triton.jit
+def open_rows(spans, i_b, is_text):
+    """(first position, n_a, n_b, valid) of one side; both lengths are 0 if one is, or if the spans are invalid."""
+    text_start, n_text, vision_start, n_vision, valid = load_spans(spans, i_b)
+    empty = (n_text == 0) | (n_vision == 0)
+    n_text = tl.where(empty, 0, n_text)
+    n_vision = tl.where(empty, 0, n_vision)
+    start = tl.where(is_text, text_start, vision_start)
+    return start, tl.where(is_text, n_text, n_vision), tl.where(is_text, n_vision, n_text), valid
+
+
+@triton.jit
+def open_head(block, i_b, i_h, position):
+    """Pointer to row ``position`` of one head of a Block [B, H, N, D]; all indices int64."""
+    return block.p + i_b * block.s_b + i_h * block.s_h + position * block.s_r
+
+
+@triton.jit
+def operand(x, UPCAST: tl.constexpr):
+    """A dot operand as loaded, or widened: the interpreter's arithmetic on bfloat16 is wrong."""
+    if UPCAST:
+        x = x.to(tl.float32)
+    return x
+
+
+@triton.jit
+def rows_times_matrix(
+    acc,  # [BLOCK_M, BLOCK_D] float32
+    x,  # row 0 of X [rows, D], any float dtype
+    s_xn,
+    s_xd,
+    o_m,  # int64 [BLOCK_M] rows of X
+    mask_m,
+    matrix,  # A [D, D] float32
+    s_af,
+    s_ae,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """acc + X A in float32; A^T is the same call with its strides exchanged."""
+    o_e = tl.arange(0, BLOCK_D)
+    for f in tl.range(0, D, BLOCK_F):
+        o_f = f + tl.arange(0, BLOCK_F)
+        mask_f = o_f < D
+        b_x = tl.load(x + o_m[:, None] * s_xn + o_f[None, :] * s_xd, mask=mask_m[:, None] & mask_f[None, :], other=0.0)
+        b_a = tl.load(
+            matrix + o_f[:, None] * s_af + o_e[None, :] * s_ae, mask=mask_f[:, None] & (o_e < D)[None, :], other=0.0
+        )
+        acc = tl.dot(b_x.to(tl.float32), b_a, acc, input_precision=PRECISION)
+    return acc
