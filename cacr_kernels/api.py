@@ -175,7 +175,8 @@ def fused_cacr_qk(
     batch, heads, n, d = q.shape
     if k.shape[0] != batch or k.shape[2] != n or k.shape[3] != d or k.shape[1] < 1 or heads % k.shape[1]:
         raise ValueError(
-            f"k must have shape [B, Hk, N, D] = [{batch}, Hk, {n}, {d}] with Hk dividing H = {heads}; got {tuple(k.shape)}"
+            f"k must have shape [B, Hk, N, D] = [{batch}, Hk, {n}, {d}] with Hk dividing H = {heads}; "
+            f"got {tuple(k.shape)}"
         )
     if kind == "probs":
         raise ValueError(

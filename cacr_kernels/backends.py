@@ -54,9 +54,7 @@ def _triton_status() -> BackendStatus:
 
     version = f"Triton {triton.__version__}"
     if interpreting():
-        return BackendStatus(
-            True, details=f"{version}, interpreted on the CPU (TRITON_INTERPRET=1): for tests, very slow"
-        )
+        return BackendStatus(True, details=f"{version}, interpreted on the CPU (TRITON_INTERPRET=1): for tests")
     if not torch.cuda.is_available():
         return BackendStatus(False, "no CUDA GPU is visible to PyTorch", version)
     capabilities = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
@@ -124,7 +122,7 @@ def choose(backend: str, variant: str, device_type: str, device_index: int | Non
 def _warn_reference(variant: str, device_type: str, reasons: str) -> None:
     name = "fused_cacr_qk" if variant == "qk" else "fused_cacr"
     warnings.warn(
-        f"{name} on {device_type} runs the slow reference backend ({reasons}). Run `cacr doctor` for what to do, or ask "
-        "for backend='reference' to silence this.",
+        f"{name} on {device_type} runs the slow reference backend ({reasons}). Run `cacr doctor` for what to do, or "
+        "ask for backend='reference' to silence this.",
         stacklevel=4,
     )

@@ -1,8 +1,8 @@
 """Inputs that bite and error budgets, shared by the tests and the benchmarks.
 
 A budget is stated in float64 terms: the root mean square, over seeded problems, of the relative error
-``|actual - expected| / |expected|`` of the loss and of the gradient, where ``expected`` is the closed form in float64 on
-the same (already rounded) inputs.
+``|actual - expected| / |expected|`` of the loss and of the gradient, where ``expected`` is the closed form in float64
+on the same (already rounded) inputs.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def make_scores(
     """Scores [batch, heads, n_text + n_vision, n_text + n_vision], text first.
 
     Patterns: "normal"; "shifted" (mean -3 on top); "outlier" (one row and one column 8 deviations away); "one_hot" (one
-    large entry a row); "uniform" (rows nearly constant); "congruent" (every entry a multiple of 1/8, text and vision of
-    equal size, constant cross rows: X and Y differ by row constants, so the loss is exactly 0).
+    large entry a row); "uniform" (rows nearly constant); "congruent" (T = R, S_tv = Pi and S_vt = Pi^T a permutation,
+    S_vv = Pi^T S_tt Pi, all multiples of 1/8: X equals Y exactly, so loss and gradient are exactly 0).
     """
     generator = torch.Generator().manual_seed(seed)
     n = n_text + n_vision
@@ -53,11 +53,11 @@ def make_scores(
     elif pattern == "uniform":
         scores *= 1e-3
     elif pattern == "congruent":
-        scores = (torch.randint(-8, 9, scores.shape, generator=generator) / 8.0).to(torch.float64)
-        scores[..., :n_text, :n_text] = scores[..., :n_text, :1]
-        scores[..., n_text:, n_text:] = scores[..., n_text:, n_text : n_text + 1]
-        scores[..., :n_text, n_text:] = scores[..., :1, n_text : n_text + 1]
-        scores[..., n_text:, :n_text] = scores[..., n_text : n_text + 1, :1]
+        if n_text != n_vision:
+            raise ValueError(f"pattern 'congruent' needs n_text == n_vision; got {n_text} and {n_vision}")
+        tt = torch.randint(-16, 17, (batch, heads, n_text, n_text), generator=generator).double() / 8
+        pi = torch.eye(n_text, dtype=torch.float64)[torch.randperm(n_text, generator=generator)].expand_as(tt)
+        scores = torch.cat([torch.cat([tt, pi], -1), torch.cat([pi.mT, pi.mT @ tt @ pi], -1)], -2)
     elif pattern != "normal":
         raise ValueError(f"pattern must be one of {', '.join(PATTERNS)}; got {pattern!r}")
     return scores.to(dtype).to(device)
@@ -118,7 +118,7 @@ def score_errors(
     problem: dict[str, Any] | None = None,
     **options: Any,
 ) -> Errors:
-    """Errors of ``function(attn, n_text, kind=..., **problem)`` over ``count`` seeded problems made with ``options``."""
+    """Errors of ``function(attn, n_text, kind=..., **problem)`` over ``count`` seeded problems."""
     arguments = {"kind": kind, "reduction": "sum", **(problem or {})}
     problems = ((make_input(kind, n_text, n_vision, seed=seed, **options),) for seed in range(count))
     return errors(

@@ -98,7 +98,8 @@ def iais_loss(
     blocks = score_blocks(inputs, spans)
     dtype = accumulation_dtype(attn.dtype)
     if blocks.tt.shape[-1] == 0 or blocks.vv.shape[-1] == 0:
-        return reduce_loss(closed_form(blocks, options, dtype), reduction, 2)
+        empty = closed_form(blocks, options, dtype)
+        return reduce_loss(empty.mean(1, keepdim=True) if heads == "mean" else empty, reduction, 2)
     masks = {"t": blocks.text_mask, "v": blocks.vision_mask}
     probs = {}
     for name in ("tt", "tv", "vt", "vv"):

@@ -52,17 +52,18 @@ def cacr_loop(
     return reduce_loss(losses, reduction, dims)
 
 
-def _loop_softmax(row: list[float]) -> list[float]:
+def _loop_log_softmax(row: list[float]) -> list[float]:
     top = max(row)
-    weights = [math.exp(value - top) for value in row]
-    total = sum(weights)
-    return [weight / total for weight in weights]
+    log_total = math.log(sum(math.exp(value - top) for value in row))
+    return [value - top - log_total for value in row]
 
 
 def _loop_side(s: list[list[float]], own: range, other: range, options: Options) -> float:
     def block(rows: range, columns: range) -> list[list[float]]:
         values = [[s[i][j] for j in columns] for i in rows]
-        return [_loop_softmax(row) for row in values] if options.kind == "softmax" else values
+        if options.kind == "softmax":
+            return [[math.exp(value) for value in _loop_log_softmax(row)] for row in values]
+        return values
 
     s_ab, s_bb = block(own, other), block(other, other)
     scale = options.projection_scale / (len(other) ** 2 if options.projection_mean else 1)
@@ -78,13 +79,6 @@ def _loop_side(s: list[list[float]], own: range, other: range, options: Options)
         target = [s[own[i]][j] for j in own]
         if options.kind == "probs":
             target = [math.log(max(value, PROBABILITY_FLOOR)) for value in target]
-        p_row, q_row = _loop_softmax(projected), _loop_softmax(target)
-        for p_j, q_j in zip(p_row, q_row):
-            loss += _loop_kl(p_j, q_j) + _loop_kl(q_j, p_j)
+        for log_p, log_q in zip(_loop_log_softmax(projected), _loop_log_softmax(target)):
+            loss += math.exp(log_p) * (log_p - log_q) + math.exp(log_q) * (log_q - log_p)
     return loss / len(own) if options.row_mean else loss
-
-
-def _loop_kl(p: float, q: float) -> float:
-    if p == 0.0:
-        return 0.0
-    return p * (math.log(p) - math.log(q)) if q > 0.0 else math.inf
