@@ -1,0 +1,114 @@
+"""The `cacr` command: finds the asked part, imports only that, and turns expected problems into one sentence.
+
+Exit status: 0 done, 1 something is wrong with the machine (doctor), 2 wrong input, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+from cacr_uniter.errors import UserError
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "doctor": ("doctor", "versions, GPUs, backends, and what to do about what is missing"),
+    "data scenes": ("data_scenes", "write a scene data set: pictures, captions, features, Winoground-like test set"),
+    "eval winoground": ("eval_winoground", "text, image and group scores of a checkpoint or a score file"),
+}
+"""Command to (module of `cacr_uniter.commands`, summary)."""
+
+EXTRA = "train"
+EXTRA_PACKAGES = {
+    "PIL": "pillow",
+    "accelerate": "accelerate",
+    "jsonargparse": "jsonargparse",
+    "lmdb": "lmdb",
+    "lz4": "lz4",
+    "matplotlib": "matplotlib",
+    "msgpack": "msgpack",
+    "rich": "rich",
+    "safetensors": "safetensors",
+    "tensorboard": "tensorboard",
+    "tokenizers": "tokenizers",
+    "yaml": "pyyaml",
+}
+"""Import name to package of the extra `train`."""
+
+LOOSE_PACKAGES = {"pyarrow": "pyarrow", "h5py": "h5py"}
+"""Packages that single file formats need."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs `cacr` with `argv` (default: the process's) and returns the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    traceback = "--traceback" in words[:1]
+    words = words[1:] if traceback else words
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if words[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"cacr-kernels {version('cacr-kernels')}")
+        return 0
+    try:
+        name, rest = _command(words)
+        if name is None:
+            return 0
+        return int(importlib.import_module(f"cacr_uniter.commands.{COMMANDS[name][0]}").main(rest))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (UserError, ValueError) as error:
+        return _fail(error, str(error), traceback)
+    except ModuleNotFoundError as error:
+        advice = _missing(error.name or "")
+        if advice is None:
+            raise
+        return _fail(error, advice, traceback)
+
+
+def usage() -> str:
+    """The list of commands."""
+    lines = [f"  cacr {name:<18}{summary}" for name, (_, summary) in COMMANDS.items()]
+    head = "usage: cacr [--traceback] COMMAND ...   (cacr COMMAND --help explains one)"
+    return "\n".join([head, "", *lines, "", "  --traceback shows where an error arose"])
+
+
+def _command(words: list[str]) -> tuple[str | None, list[str]]:
+    """The command's name and its arguments; name None after printing the help of a group such as `data`."""
+    for length in (2, 1):
+        name = " ".join(words[:length])
+        if name in COMMANDS:
+            return name, words[length:]
+    group = [name for name in COMMANDS if name.startswith(words[0] + " ")]
+    if group and (len(words) == 1 or words[1] in ("-h", "--help")):
+        print("\n".join(f"  cacr {name:<18}{COMMANDS[name][1]}" for name in group))
+        return None, []
+    known = ", ".join(group or COMMANDS)
+    raise UserError(f"{' '.join(words[: 2 if group else 1])!r} is no command; there are: {known}")
+
+
+def _missing(module: str) -> str | None:
+    """What to do about a module that is not installed; None for a module that no extra brings."""
+    top = module.split(".")[0]
+    if top in EXTRA_PACKAGES:
+        return f"the package {EXTRA_PACKAGES[top]} is not installed; run: pip install 'cacr-kernels[{EXTRA}]'"
+    if top in LOOSE_PACKAGES:
+        return f"the package {LOOSE_PACKAGES[top]} is not installed; run: pip install {LOOSE_PACKAGES[top]}"
+    return None
+
+
+def _fail(error: Exception, message: str, traceback: bool) -> int:
+    if traceback:
+        raise error
+    print(f"cacr: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Evaluation: Winoground scores and retrieval recall, from a model or from stored scores."""
