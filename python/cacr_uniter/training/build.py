@@ -1,0 +1,110 @@
+"""What a run is made of: devices and processes, the model."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from cacr_uniter.errors import UserError
+from cacr_uniter.model import UniterConfig, UniterForRetrieval
+from cacr_uniter.training.config import ModelConfig, RunConfig
+from cacr_uniter.training.sizes import parse_size, show_size
+
+PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+SIZE_FIELDS = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
+    *("vocab_size", "img_dim"),
+)
+
+
+def build_accelerator(config: RunConfig) -> Accelerator:
+    """Device, precision and processes of the run; caps the GPU memory of the process.
+
+    Raises:
+        UserError: the device, the precision or the limit is not to be had.
+    """
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("run.device is cuda, but torch finds no GPU: take run.device cpu, or see `cacr doctor`")
+    cpu = config.device == "cpu" or not torch.cuda.is_available()
+    if cpu and config.precision == "fp16":
+        raise UserError("run.precision fp16 needs a GPU: take fp32 or bf16")
+    if config.threads is not None:
+        if config.threads < 1:
+            raise UserError(f"run.threads is {config.threads}: give a positive number")
+        torch.set_num_threads(config.threads)
+    # Accelerate keeps the precision of the first run of a process; several runs in one process may differ in it.
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(mixed_precision=PRECISIONS[config.precision], cpu=cpu)
+    if (accelerator.device.type == "cpu") != cpu:
+        raise UserError(f"an earlier run of this process chose {accelerator.device}: start a new process")
+    if config.memory_limit is not None:
+        limit_memory(accelerator.device, parse_size(config.memory_limit, "run.memory_limit"))
+    return accelerator
+
+
+def limit_memory(device: torch.device, limit: int) -> None:
+    """Caps torch's allocator on a GPU at ``limit`` bytes: beyond it torch raises OutOfMemoryError.
+
+    Raises:
+        UserError: the device has no such cap, or less memory than the limit.
+    """
+    if device.type != "cuda":
+        raise UserError(
+            f"run.memory_limit caps a GPU, the run uses {device}: leave it out, or limit the process (ulimit -v)"
+        )
+    total = torch.cuda.get_device_properties(device).total_memory
+    if limit > total:
+        raise UserError(
+            f"run.memory_limit is {show_size(limit)}, the GPU has {show_size(total)}: give less or leave it out"
+        )
+    torch.cuda.set_per_process_memory_fraction(limit / total, device)
+
+
+def model_config(config: ModelConfig, vocab_size: int, img_dim: int, sizes: UniterConfig | None = None) -> UniterConfig:
+    """Sizes of the model: ``size``, then what the data says, then the fields that are set.
+
+    Args:
+        vocab_size, img_dim: of the data.
+        sizes: of the checkpoint, where it tells; they replace ``size`` and the data's.
+    """
+    if sizes is None:
+        if config.size in ("base", "large"):
+            sizes = UniterConfig.base() if config.size == "base" else UniterConfig.large()
+        else:
+            sizes = UniterConfig.from_json(config.size)
+        sizes = dataclasses.replace(sizes, vocab_size=vocab_size, img_dim=img_dim)
+    given = {name: getattr(config, name) for name in SIZE_FIELDS if getattr(config, name) is not None}
+    try:
+        made = dataclasses.replace(sizes, **given)
+    except ValueError as error:
+        raise UserError(f"model: {error}") from error
+    if made.vocab_size < vocab_size:
+        raise UserError(
+            f"model.vocab_size is {made.vocab_size}, the captions use a vocabulary of {vocab_size}: the checkpoint and "
+            "the text database must share their vocabulary"
+        )
+    if made.img_dim != img_dim:
+        raise UserError(f"model.img_dim is {made.img_dim}, the region features have {img_dim} numbers")
+    return made
+
+
+def build_model(config: ModelConfig, sizes: UniterConfig, seed: int) -> UniterForRetrieval:
+    """A model with random weights of ``seed``, dropout and frozen layers set."""
+    torch.manual_seed(seed)
+    model = UniterForRetrieval(sizes)
+    model.set_dropout(config.dropout)
+    try:
+        model.freeze_layers(config.freeze_layers)
+    except ValueError as error:
+        raise UserError(f"model.freeze_layers: {error}") from error
+    model.checkpoint_activations(config.activation_checkpointing)
+    return model
+
+
+def is_run_checkpoint(path: str | Path) -> bool:
+    """Whether a path is a folder written by a training run."""
+    return (Path(path) / "uniter.json").is_file()

@@ -1,0 +1,216 @@
+"""Checkpoints: written whole or not at all, read without executing anything.
+
+A checkpoint is the folder ``step-00000500`` with ``model.safetensors`` (published keys), ``optimizer.safetensors``,
+``uniter.json`` (model sizes) and ``state.json`` (step, configuration, sizes of the other files). It is written as
+``.part-step-...``, flushed to the disk and renamed: under its final name it is complete.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cacr_uniter.errors import UserError
+
+FORMAT = 1
+MODEL, OPTIMIZER, SIZES, STATE = "model.safetensors", "optimizer.safetensors", "uniter.json", "state.json"
+NAME = re.compile(r"step-(\d{8,})")
+PART = ".part-"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint holds.
+
+    Args:
+        step: optimizer steps done.
+        model: state dict with the published keys.
+        optimizer: flat tensors, named ``<parameter>.<exp_avg | exp_avg_sq | step>``.
+        model_config: model sizes.
+        config: the run's configuration.
+        extra: further plain values (loss scale).
+    """
+
+    step: int
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    model_config: dict[str, Any]
+    config: dict[str, Any]
+    extra: dict[str, Any]
+
+
+def newest(folder: Path) -> Path | None:
+    """The checkpoint with the most steps in a run's ``checkpoints`` folder."""
+    found = checkpoints(folder)
+    return found[-1] if found else None
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints, by step."""
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name[5:]))
+
+
+def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
+    """Writes ``checkpoint`` into ``folder`` and then removes all but the ``keep`` newest.
+
+    Raises:
+        UserError: the disk is full or refuses; what was there before is untouched.
+    """
+    final = folder / f"step-{checkpoint.step:08d}"
+    part = folder / (PART + final.name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_parts(folder)
+        part.mkdir()
+        for name, tensors in ((MODEL, checkpoint.model), (OPTIMIZER, checkpoint.optimizer)):
+            save_file({key: value.detach().contiguous() for key, value in tensors.items()}, part / name)
+        (part / SIZES).write_text(json.dumps(checkpoint.model_config, indent=2), encoding="utf-8")
+        state = {
+            "format": FORMAT,
+            "step": checkpoint.step,
+            "config": checkpoint.config,
+            "extra": checkpoint.extra,
+            "bytes": {name: (part / name).stat().st_size for name in (MODEL, OPTIMIZER, SIZES)},
+        }
+        (part / STATE).write_text(json.dumps(state, indent=2), encoding="utf-8")
+        for path in (*part.iterdir(), part):
+            _flush(path)
+        if final.exists():
+            shutil.rmtree(final)
+        os.rename(part, final)
+        _flush(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(part, ignore_errors=True)
+        last = newest(folder)
+        kept = f"the last good checkpoint is {last}" if last else "there is no earlier checkpoint"
+        raise UserError(
+            f"checkpoint {final} could not be written ({_reason(error)}): {kept}; free some space and run the same "
+            "command again"
+        ) from error
+    for path in checkpoints(folder)[:-keep]:
+        _remove(path)
+    return final
+
+
+def load(path: Path) -> Checkpoint:
+    """Reads a checkpoint written by ``save``.
+
+    Raises:
+        UserError: it is missing, incomplete or damaged.
+    """
+    state = _read_json(path, STATE)
+    if state.get("format") != FORMAT:
+        raise UserError(f"checkpoint {path}: format {state.get('format')!r}, this program reads {FORMAT}")
+    for name, size in state["bytes"].items():
+        actual = (path / name).stat().st_size if (path / name).is_file() else None
+        if actual != size:
+            came = "it is missing" if actual is None else f"it has {actual}"
+            raise _damaged(path, f"{name} should have {size} bytes, {came}")
+    try:
+        model, optimizer = load_file(path / MODEL), load_file(path / OPTIMIZER)
+    except (OSError, SafetensorError) as error:
+        raise _damaged(path, str(error)) from error
+    sizes = _read_json(path, SIZES)
+    return Checkpoint(state["step"], model, optimizer, sizes, state["config"], state["extra"])
+
+
+def remove_parts(folder: Path) -> None:
+    """Deletes what a killed run left half written or half deleted."""
+    for path in folder.glob(f"{PART}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """State of an optimizer whose groups list their parameters' ``names``, as flat tensors."""
+    return {
+        f"{name}.{key}": value
+        for group in optimizer.param_groups
+        for name, parameter in zip(group["names"], group["params"], strict=True)
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Inverse of ``optimizer_tensors``; moments go to the parameter's device."""
+    split: dict[str, dict[str, Tensor]] = {}
+    for full, value in tensors.items():
+        name, key = full.rsplit(".", 1)
+        split.setdefault(name, {})[key] = value
+    known = {name for group in optimizer.param_groups for name in group["names"]}
+    if set(split) - known:
+        raise UserError(
+            f"the checkpoint trains {sorted(set(split) - known)[0]}, which this run does not: resume with the same "
+            "model.freeze_layers"
+        )
+    for group in optimizer.param_groups:
+        for name, parameter in zip(group["names"], group["params"], strict=True):
+            if name in split:
+                optimizer.state[parameter] = {key: x.to(parameter.device) for key, x in split[name].items()}
+
+
+@contextmanager
+def readable_errors(what: str) -> Iterator[None]:
+    """Turns a refused write (full disk, no permission) into a ``UserError``."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{what} could not be written ({_reason(error)}): free some space or choose another run.out"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return "no space left on the device"
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    """Renames before deleting, so that a half deleted folder never looks complete."""
+    doomed = path.with_name(PART + path.name)
+    os.rename(path, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _damaged(path: Path, reason: str) -> UserError:
+    others = [other for other in checkpoints(path.parent) if other != path]
+    advice = (
+        f"delete it to continue from {others[-1]}" if others else "there is no other one in its folder: start again"
+    )
+    return UserError(f"checkpoint {path} is damaged ({reason}): {advice}")
+
+
+def _read_json(path: Path, name: str) -> dict[str, Any]:
+    try:
+        value = json.loads((path / name).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is no checkpoint of this program: {name} is missing") from error
+    except (OSError, ValueError) as error:
+        raise _damaged(path, f"{name}: {error}") from error
+    if not isinstance(value, dict):
+        raise _damaged(path, f"{name} holds no object")
+    return value

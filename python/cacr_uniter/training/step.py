@@ -1,0 +1,176 @@
+"""One optimizer step: draw groups, mine hard negatives, losses, gradients, update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from cacr_uniter.data.batch import Batch
+from cacr_uniter.model import UniterForRetrieval
+from cacr_uniter.training.config import Half, TrainConfig
+from cacr_uniter.training.losses import AuxiliaryLoss, matching_loss
+from cacr_uniter.training.optim import sum_gradients
+from cacr_uniter.training.sampling import Group, Sampler, dropout_seed
+from cacr_uniter.training.schedule import auxiliary_weight, learning_rate
+from cacr_uniter.training.source import PairSource, ahead
+
+
+def halves_of(config: TrainConfig) -> tuple[Half, ...]:
+    """The halves of a step, in the published order."""
+    return ("image", "text") if config.batch.halves == "both" else (config.batch.halves,)
+
+
+@dataclass(frozen=True)
+class Portion:
+    """Groups that share one forward, with the pairs of all of them (pools where negatives are mined).
+
+    Args:
+        step: optimizer step, from 0.
+        last: whether the step ends with it.
+        groups: G groups of equally many pairs.
+        batch: their pairs, group after group [G * pairs].
+    """
+
+    step: int
+    last: bool
+    groups: list[Group]
+    batch: Batch
+
+
+class Stepper:
+    """Runs optimizer steps of one process.
+
+    Args:
+        model: on its device.
+        parameters: those that the optimizer updates.
+        optimizer: prepared by ``accelerator``.
+        config: of the run.
+        source: training pairs.
+        accelerator: device, precision, processes.
+    """
+
+    def __init__(
+        self,
+        model: UniterForRetrieval,
+        parameters: list[torch.nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        config: TrainConfig,
+        source: PairSource,
+        accelerator: Accelerator,
+    ) -> None:
+        self.model, self.parameters, self.optimizer = model, parameters, optimizer
+        self.config, self.source, self.accelerator = config, source, accelerator
+        self.hard = config.batch.mining == "hard" and config.batch.pool > config.batch.negatives
+        draws = config.batch.pool if self.hard else config.batch.negatives
+        self.sampler = Sampler(source.image_of, source.n_images, config.run.seed, config.batch.anchors, draws)
+        self.halves = halves_of(config)
+        self.auxiliary = None if config.aux.loss == "none" else AuxiliaryLoss(config.aux)
+        self.size = config.batch.negatives + 1
+
+    def portions(self, start: int) -> Iterator[Portion]:
+        """The portions of steps ``start`` .. T - 1, read ahead."""
+        return ahead(self._read, self._plan(start), self.source.workers)
+
+    def _plan(self, start: int) -> Iterator[tuple[int, bool, list[Group]]]:
+        accelerator = self.accelerator
+        together = max(1, self.config.batch.pairs_per_forward // self.size)
+        for step in range(start, self.config.optim.steps):
+            groups = self.sampler.step_groups(step, self.halves, accelerator.process_index, accelerator.num_processes)
+            for first in range(0, len(groups), together):
+                yield step, first + together >= len(groups), groups[first : first + together]
+
+    def _read(self, plan: tuple[int, bool, list[Group]]) -> Portion:
+        step, last, groups = plan
+        captions = np.concatenate([group.captions for group in groups])
+        images = np.concatenate([group.images for group in groups])
+        return Portion(step, last, groups, self.source.batch(captions, images))
+
+    def begin(self, step: int) -> None:
+        """Sets what a step (from 0) depends on: dropout's generator and the learning rate; clears gradients."""
+        torch.manual_seed(dropout_seed(self.config.run.seed, step, self.accelerator.process_index))
+        optim = self.config.optim
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(step + 1, optim.lr, optim.steps, optim.warmup, optim.decay)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.model.train()
+
+    def backward(self, portion: Portion) -> Tensor:
+        """Adds a portion's gradients. Returns the sums (matching, auxiliary, matched pairs ranked first, groups)."""
+        batch = portion.batch.to(self.accelerator.device, non_blocking=True)
+        if self.hard:
+            batch = self._mine(batch, len(portion.groups))
+        config = self.config
+        with self.accelerator.autocast():
+            output = self.model(batch)
+        scores = output.rank_scores.view(-1, self.size)
+        matching = matching_loss(scores, config.loss).sum()
+        total = matching / config.batch.anchors
+        congruence = matching.new_zeros(())
+        weight = self.auxiliary_factor(portion.step)
+        if self.auxiliary is not None:
+            congruence = self._auxiliary(portion.groups, batch, output.last_input)
+            total = total + weight / config.batch.anchors * congruence
+        self.accelerator.backward(total)
+        first = (scores[:, 1:] < scores[:, :1]).all(dim=1).sum()
+        return torch.stack(
+            [matching.detach(), congruence.detach(), first.float(), first.new_tensor(len(scores)).float()]
+        )
+
+    def auxiliary_factor(self, step: int) -> float:
+        """Factor of the auxiliary loss averaged over matched pairs, at a step counted from 0."""
+        aux = self.config.aux
+        accumulated = aux.reference_batch if aux.normalise == "reference" else 1
+        return aux.weight * accumulated * auxiliary_weight(step, self.config.optim.steps, aux.schedule)
+
+    def gather(self) -> float:
+        """Sums gradients over processes and clips them. Returns their norm before clipping."""
+        sum_gradients(self.parameters)
+        norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.optim.clip or math.inf)
+        return float(norm)
+
+    def update(self) -> None:
+        """The optimizer's update (fp16: skipped, and the loss scale halved, when a gradient overflowed)."""
+        self.optimizer.step()
+
+    @torch.no_grad()
+    def _mine(self, batch: Batch, groups: int) -> Batch:
+        """Of every group the matched pair and the highest scored negatives, scored in evaluation mode."""
+        self.model.eval()
+        scores = self.score(batch).view(groups, -1)
+        self.model.train()
+        hardest = scores[:, 1:].topk(self.size - 1, dim=1, sorted=False).indices + 1
+        chosen = torch.cat([torch.zeros_like(hardest[:, :1]), hardest], dim=1)
+        chosen = chosen + scores.shape[1] * torch.arange(groups, device=chosen.device)[:, None]
+        return batch.select(chosen.flatten()).trim()
+
+    def score(self, batch: Batch) -> Tensor:
+        """Rank scores [B] in chunks; the caller decides on mode and gradients."""
+        chunk = self.config.batch.score_chunk
+        with self.accelerator.autocast():
+            parts = [
+                self.model(batch.select(range(start, min(start + chunk, len(batch)))).trim()).rank_scores
+                for start in range(0, len(batch), chunk)
+            ]
+        return torch.cat(parts)
+
+    def _auxiliary(self, groups: list[Group], batch: Batch, last_input: Tensor) -> Tensor:
+        """Sum of the auxiliary loss over the matched pairs (row 0 of every group)."""
+        assert self.auxiliary is not None
+        rows: dict[Half, list[int]] = {}
+        for index, group in enumerate(groups):
+            half: Half = group.half if self.config.aux.sides == "alternate" else "image"
+            rows.setdefault(half, []).append(index * self.size)
+        total = last_input.new_zeros((), dtype=torch.float32)
+        for half, indices in rows.items():
+            pairs = batch.select(indices)
+            hidden = last_input.index_select(0, torch.tensor(indices, device=last_input.device))
+            with torch.autocast(last_input.device.type, enabled=False):
+                q, k = self.model.last_layer_qk(hidden.float())
+                total = total + self.auxiliary(q, k, pairs, half)
+        return total

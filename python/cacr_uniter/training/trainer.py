@@ -1,0 +1,159 @@
+"""A training run from configuration to result: open, resume, run, report."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from accelerate import Accelerator
+
+from cacr_uniter.errors import UserError
+from cacr_uniter.training import checkpoint as checkpoints
+from cacr_uniter.training.build import build_accelerator, build_model, model_config
+from cacr_uniter.training.checks import check, differences
+from cacr_uniter.training.config import TrainConfig
+from cacr_uniter.training.data import open_dataset, open_source, resolve
+from cacr_uniter.training.logs import Display, RunLog
+from cacr_uniter.training.loop import Evaluation, Loop
+from cacr_uniter.training.optim import build_optimizer, trained_parameters
+from cacr_uniter.training.source import PairSource
+from cacr_uniter.training.step import Stepper
+
+#: what a run writes into its folder
+CHECKPOINTS, LOG, CONFIG = "checkpoints", "log.jsonl", "config.yaml"
+CONTENTS = (CHECKPOINTS, LOG, CONFIG, "tensorboard", "report.md", "report")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run leaves.
+
+    Args:
+        out: folder of the run.
+        checkpoint_path: newest checkpoint, a folder with ``model.safetensors`` and ``uniter.json``.
+        step: optimizer steps done.
+        finished: false if a signal stopped the run before its last step.
+        history: records of the log (main process only); ``event`` is ``train``, ``validation`` or ``evaluation``.
+        seconds: wall time of this part of the run.
+        report_path: final report, if one was wanted.
+    """
+
+    out: Path
+    checkpoint_path: Path
+    step: int
+    finished: bool
+    history: list[dict[str, Any]]
+    seconds: float
+    report_path: Path | None = None
+
+
+def train(config: TrainConfig, *, progress: bool = True, evaluate: Evaluation | None = None) -> TrainResult:
+    """Trains a model, or resumes a run.
+
+    Args:
+        config: of the run.
+        progress: show a progress bar (or lines) on the main process.
+        evaluate: called on the main process at every validation and at the end with the model in evaluation mode and
+            the finished steps; its numbers enter the log as event ``evaluation``.
+
+    Raises:
+        UserError: everything that the person who started it can solve; the last good checkpoint is intact.
+    """
+    accelerator = build_accelerator(config.run)
+    check(config, accelerator.num_processes)
+    data = resolve(config.data)
+    dataset = open_dataset(data, "train")
+    assert dataset is not None
+    validation = open_dataset(data, "val") if config.run.validate_every else None
+    return train_on(
+        config,
+        accelerator,
+        open_source(dataset, data),
+        vocab_size=int(dataset.text_db.meta["v_range"][1]),
+        validation=open_source(validation, data) if validation is not None else None,
+        progress=progress,
+        evaluate=evaluate,
+    )
+
+
+def train_on(
+    config: TrainConfig,
+    accelerator: Accelerator,
+    source: PairSource,
+    *,
+    vocab_size: int,
+    validation: PairSource | None = None,
+    progress: bool = True,
+    evaluate: Evaluation | None = None,
+) -> TrainResult:
+    """``train`` on pairs that are open already; ``vocab_size`` is that of the captions."""
+    started = time.monotonic()
+    out = Path(config.run.out)
+    resumed = _open_folder(config, out, accelerator)
+    model = build_model(config.model, model_config(config.model, vocab_size, source.img_dim), config.run.seed)
+    model.to(accelerator.device)
+    parameters = trained_parameters(model)
+    optimizer = build_optimizer(parameters, config.optim)
+    start, extra = 0, {}
+    if resumed is not None:
+        start, extra = resumed.step, resumed.extra
+        model.load_state_dict(resumed.model)
+        checkpoints.restore_optimizer(optimizer, resumed.optimizer)
+        if accelerator.scaler is not None and "scaler" in extra:
+            accelerator.scaler.load_state_dict(extra["scaler"])
+    prepared = accelerator.prepare_optimizer(optimizer, device_placement=False)
+    stepper = Stepper(model, list(parameters.values()), prepared, config, source, accelerator)
+    main = accelerator.is_main_process
+    log = RunLog(out, start, config.run.tensorboard, main)
+    try:
+        with Display(config.optim.steps, start, progress and main) as display:
+            done = Loop(config, stepper, optimizer, log, display, validation, evaluate, extra).run(start)
+    finally:
+        log.close()
+    accelerator.wait_for_everyone()
+    path = checkpoints.newest(out / CHECKPOINTS)
+    assert path is not None
+    return TrainResult(out, path, done, done == config.optim.steps, log.history, time.monotonic() - started)
+
+
+def _open_folder(config: TrainConfig, out: Path, accelerator: Accelerator) -> checkpoints.Checkpoint | None:
+    """Makes the folder of the run; the checkpoint that it resumes, if any."""
+    folder = out / CHECKPOINTS
+    if accelerator.is_main_process:
+        with checkpoints.readable_errors(f"run folder {out}"):
+            if config.run.overwrite:
+                _clear(out)
+            out.mkdir(parents=True, exist_ok=True)
+            checkpoints.remove_parts(folder)
+    accelerator.wait_for_everyone()
+    resume = config.run.resume
+    path = checkpoints.newest(folder) if resume in ("auto", "no") else Path(resume)
+    if path is not None and resume == "no":
+        raise UserError(
+            f"run.out {out} holds a run already ({path.name}): resume it, set run.overwrite, or choose another"
+        )
+    found = None if path is None else checkpoints.load(path)
+    if found is not None:
+        changed = differences(found.config, config)
+        if changed:
+            raise UserError(
+                f"checkpoint {path} belongs to a run with other settings ({'; '.join(changed)}): use the same ones, "
+                "another run.out, or run.overwrite"
+            )
+    if accelerator.is_main_process:
+        with checkpoints.readable_errors(f"configuration {out / CONFIG}"):
+            (out / CONFIG).write_text(yaml.safe_dump(config.as_dict(), sort_keys=False), encoding="utf-8")
+    return found
+
+
+def _clear(out: Path) -> None:
+    for name in CONTENTS:
+        path = out / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
