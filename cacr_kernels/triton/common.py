@@ -1,0 +1,253 @@
+"""Building blocks shared by the kernels: spans, matrices and their masked tiles, dots of stated precision.
+
+Triton only, no torch. Letters as in docs/paper.md: a is the side whose rows are compared, b the other one;
+U = S_ab S_bb, F = S_ab, X = scale U F^T, Y = S_aa.
+"""
+
+# mypy: allow-untyped-defs
+# ruff: noqa: RUF059
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+
+class Block(NamedTuple):
+    """Kernel argument: one of the four blocks of attention, [B, H, rows, columns], strides in elements."""
+
+    p: Any
+    s_b: Any
+    s_h: Any
+    s_r: Any
+    s_c: Any
+
+
+class SpanArgs(NamedTuple):
+    """Kernel argument: the spans. ``table`` is int32 [B, 4] or None; with it the two lengths are upper bounds.
+
+    ``limit_*`` are the sizes which spans must not leave, ``disjoint`` is 1 when the two may not overlap.
+    """
+
+    table: Any
+    text_start: Any
+    n_text: Any
+    vision_start: Any
+    n_vision: Any
+    limit_text: Any
+    limit_vision: Any
+    disjoint: Any
+
+
+class Scaling(NamedTuple):
+    """Kernel argument: what X and the rows' losses are multiplied by, and which sides count (0 or 1)."""
+
+    projection_scale: Any
+    projection_mean: Any
+    row_mean: Any
+    text: Any
+    vision: Any
+
+
+class Matrix(NamedTuple):
+    """In a kernel: a matrix [n_r, n_c] of one problem. Its rows' maxima lie at p_n, their sums of exp at p_n + s_n."""
+
+    p: Any
+    s_r: Any
+    s_c: Any
+    n_r: Any
+    n_c: Any
+    p_n: Any
+    s_n: Any
+
+
+class Side(NamedTuple):
+    """In a kernel: one side of one problem. own S_aa, cross S_ab, other S_bb; numbers: its rows' eight numbers."""
+
+    own: Any
+    cross: Any
+    other: Any
+    n_a: Any
+    n_b: Any
+    p_n: Any
+    s_n: Any
+    is_text: Any
+
+
+@triton.jit
+def load_spans(spans, i_b):
+    """(text_start, n_text, vision_start, n_vision, valid) of example i_b; an invalid one gets lengths 0."""
+    if spans.table is None:
+        return (
+            spans.text_start.to(tl.int64),
+            spans.n_text.to(tl.int32),
+            spans.vision_start.to(tl.int64),
+            spans.n_vision.to(tl.int32),
+            spans.n_text >= 0,
+        )
+    else:
+        t_0 = tl.load(spans.table + i_b * 4).to(tl.int64)
+        n_t = tl.load(spans.table + i_b * 4 + 1).to(tl.int64)
+        v_0 = tl.load(spans.table + i_b * 4 + 2).to(tl.int64)
+        n_v = tl.load(spans.table + i_b * 4 + 3).to(tl.int64)
+        valid = (t_0 >= 0) & (n_t >= 0) & (n_t <= spans.n_text) & (t_0 + n_t <= spans.limit_text)
+        valid = valid & (v_0 >= 0) & (n_v >= 0) & (n_v <= spans.n_vision) & (v_0 + n_v <= spans.limit_vision)
+        overlap = (t_0 < v_0 + n_v) & (v_0 < t_0 + n_t) & (n_t > 0) & (n_v > 0)
+        valid = valid & ((spans.disjoint == 0) | (overlap == 0))
+        n_t = tl.where(valid, n_t, 0).to(tl.int32)
+        n_v = tl.where(valid, n_v, 0).to(tl.int32)
+        return tl.where(valid, t_0, 0), n_t, tl.where(valid, v_0, 0), n_v, valid
+
+
+@triton.jit
+def locate(block, i_b, i_h, row, column):
+    """(pointer to element [row, column] of the problem (i_b, i_h), row stride, column stride), all in int64."""
+    p = block.p + i_b * block.s_b.to(tl.int64) + i_h * block.s_h.to(tl.int64)
+    s_r = block.s_r.to(tl.int64)
+    s_c = block.s_c.to(tl.int64)
+    return p + row * s_r + column * s_c, s_r, s_c
+
+
+@triton.jit
+def open_side(tt, tv, vt, vv, spans, stats, i_problem, n_heads, is_text):
+    """The Side of a problem. Both lengths are 0 when one of the spans is empty or the example is invalid.
+
+    stats: float32 [B * H, 8, T + R], the rows of text first (numbers: see rows.py).
+    """
+    i_b = (i_problem // n_heads).to(tl.int64)
+    i_h = (i_problem % n_heads).to(tl.int64)
+    t_0, n_a, v_0, n_b, valid = load_spans(spans, i_b)
+    empty = (n_a == 0) | (n_b == 0)
+    n_a = tl.where(empty, 0, n_a)
+    n_b = tl.where(empty, 0, n_b)
+    s_n = (spans.n_text + spans.n_vision).to(tl.int64)
+    p_n = stats + i_problem.to(tl.int64) * 8 * s_n
+    o_n = p_n + spans.n_text
+    p_aa, r_aa, c_aa = locate(tt, i_b, i_h, t_0, t_0)
+    p_ab, r_ab, c_ab = locate(tv, i_b, i_h, t_0, v_0)
+    p_bb, r_bb, c_bb = locate(vv, i_b, i_h, v_0, v_0)
+    if is_text == 0:
+        p_aa, r_aa, c_aa, p_bb, r_bb, c_bb = p_bb, r_bb, c_bb, p_aa, r_aa, c_aa
+        p_ab, r_ab, c_ab = locate(vt, i_b, i_h, v_0, t_0)
+        n_a, n_b = n_b, n_a
+        p_n, o_n = o_n, p_n
+    own = Matrix(p_aa, r_aa, c_aa, n_a, n_a, p_n + 2 * s_n, s_n)
+    cross = Matrix(p_ab, r_ab, c_ab, n_a, n_b, p_n + 6 * s_n, s_n)
+    other = Matrix(p_bb, r_bb, c_bb, n_b, n_b, o_n + 2 * s_n, s_n)
+    return Side(own, cross, other, n_a, n_b, p_n, s_n, is_text)
+
+
+@triton.jit
+def open_workspace(work, spans, side, i_problem, n_slots: tl.constexpr, slot):
+    """One float32 matrix [n_a, n_b] of a side in the workspace [B * H, n_slots, T R]."""
+    s = spans.n_text.to(tl.int64) * spans.n_vision
+    s_r = tl.where(side.is_text, spans.n_vision, spans.n_text).to(tl.int64)
+    p = work + (i_problem.to(tl.int64) * n_slots + slot) * s
+    return Matrix(p, s_r, 1, side.n_a, side.n_b, p, 0)
+
+
+@triton.jit
+def open_gradient(grad, spans, i_problem, n_heads, row_text, column_text, n_r, n_c):
+    """The block [n_r, n_c] of a contiguous gradient. row_text, column_text: its rows, its columns are text."""
+    t_0, n_t, v_0, n_v, valid = load_spans(spans, (i_problem // n_heads).to(tl.int64))
+    s_r = tl.where(column_text, spans.limit_text, spans.limit_vision).to(tl.int64)
+    p = grad + i_problem.to(tl.int64) * tl.where(row_text, spans.limit_text, spans.limit_vision) * s_r
+    p += tl.where(row_text, t_0, v_0) * s_r + tl.where(column_text, t_0, v_0)
+    return Matrix(p, s_r, 1, n_r, n_c, p, 0)
+
+
+@triton.jit
+def load_grad_loss(grad_loss, s_b, s_h, i_problem, n_heads):
+    """grad_loss[b, h] of a problem, in float32."""
+    i_b = (i_problem // n_heads).to(tl.int64)
+    i_h = (i_problem % n_heads).to(tl.int64)
+    return tl.load(grad_loss + i_b * s_b.to(tl.int64) + i_h * s_h.to(tl.int64)).to(tl.float32)
+
+
+@triton.jit
+def load_tile(m, o_r, o_c, UNIT: tl.constexpr, DOT: tl.constexpr):
+    """Tile [o_r, o_c] of a Matrix, 0 outside. UNIT: its columns are contiguous.
+
+    The values keep their dtype only where the dots take it ("split"): elsewhere they are widened at once, since the
+    interpreter's arithmetic on bfloat16 is wrong.
+    """
+    o = o_r.to(tl.int64)[:, None] * m.s_r
+    if UNIT:
+        o += o_c[None, :]
+    else:
+        o += o_c.to(tl.int64)[None, :] * m.s_c
+    b = tl.load(m.p + o, mask=(o_r < m.n_r)[:, None] & (o_c < m.n_c)[None, :], other=0.0)
+    if DOT != "split":
+        b = b.to(tl.float32)
+    return b
+
+
+@triton.jit
+def load_factor(m, o_r, o_c, KIND: tl.constexpr, UNIT: tl.constexpr, DOT: tl.constexpr):
+    """Tile of a block inside the product: S, or for kind "softmax" exp(S - max) / sum with its rows' numbers."""
+    b = load_tile(m, o_r, o_c, UNIT, DOT)
+    if KIND == "softmax":
+        b_m = tl.load(m.p_n + o_r, mask=o_r < m.n_r, other=0.0)
+        b_l = tl.load(m.p_n + m.s_n + o_r, mask=o_r < m.n_r, other=1.0)
+        b = tl.exp(b.to(tl.float32) - b_m[:, None]) / b_l[:, None]
+        b = tl.where((o_r < m.n_r)[:, None] & (o_c < m.n_c)[None, :], b, 0.0)
+    return b
+
+
+@triton.jit
+def store_tile(m, b, o_r, o_c):
+    """Write tile b [o_r, o_c] of a Matrix with contiguous columns, rounding it to the matrix's dtype."""
+    o = o_r.to(tl.int64)[:, None] * m.s_r + o_c[None, :]
+    tl.store(m.p + o, b.to(m.p.dtype.element_ty), mask=(o_r < m.n_r)[:, None] & (o_c < m.n_c)[None, :])
+
+
+@triton.jit
+def split(b, DOT: tl.constexpr):
+    """b = hi + lo up to 2^-17 of its size, both bfloat16 ("split_emulated": their values held in float32)."""
+    hi = b.to(tl.bfloat16)
+    lo = (b - hi.to(tl.float32)).to(tl.bfloat16)
+    if DOT == "split_emulated":
+        return hi.to(tl.float32), lo.to(tl.float32)
+    else:
+        return hi, lo
+
+
+@triton.jit
+def dot(b_l, b_r, acc, DOT: tl.constexpr):
+    """acc + b_l b_r in float32, for l [M, K], r [K, N].
+
+    DOT "ieee": float32 multiply-adds. "tf32x3": three tf32 products of float32 factors.
+    "split": bfloat16 tensor cores. Two factors of one 16-bit dtype are multiplied as they are; a bfloat16 factor
+    meets a float32 one split into hi + lo (two products); any other pair is split on both sides (three products,
+    2^-17 a factor), which is exact for float16 values and cannot overflow as float16 would.
+    "split_emulated": the same roundings on float32 values, for the interpreter.
+    """
+    if DOT == "ieee":
+        acc = tl.dot(b_l.to(tl.float32), b_r.to(tl.float32), acc, input_precision="ieee")
+    elif DOT == "tf32x3":
+        acc = tl.dot(b_l.to(tl.float32), b_r.to(tl.float32), acc, input_precision="tf32x3")
+    elif DOT == "split_emulated":
+        l_hi, l_lo = split(b_l, DOT)
+        r_hi, r_lo = split(b_r, DOT)
+        acc = tl.dot(l_lo, r_hi, acc, input_precision="ieee")
+        acc = tl.dot(l_hi, r_lo, acc, input_precision="ieee")
+        acc = tl.dot(l_hi, r_hi, acc, input_precision="ieee")
+    elif (b_l.dtype == b_r.dtype) and (b_l.dtype != tl.float32):
+        acc = tl.dot(b_l, b_r, acc)
+    elif b_r.dtype == tl.bfloat16:
+        l_hi, l_lo = split(b_l, DOT)
+        acc = tl.dot(l_lo, b_r, acc)
+        acc = tl.dot(l_hi, b_r, acc)
+    elif b_l.dtype == tl.bfloat16:
+        r_hi, r_lo = split(b_r, DOT)
+        acc = tl.dot(b_l, r_lo, acc)
+        acc = tl.dot(b_l, r_hi, acc)
+    else:
+        l_hi, l_lo = split(b_l.to(tl.float32), DOT)
+        r_hi, r_lo = split(b_r.to(tl.float32), DOT)
+        acc = tl.dot(l_lo, r_hi, acc)
+        acc = tl.dot(l_hi, r_lo, acc)
+        acc = tl.dot(l_hi, r_hi, acc)
+    return acc

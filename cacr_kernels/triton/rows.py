@@ -1,0 +1,149 @@
+"""Row statistics of the comparison of X with Y: running numbers, loss, gradients, and their storage.
+
+Triton only, no torch. Per row i of side a, p = softmax(X_i), q = softmax(Y_i), Y = S_aa:
+KL(p||q) + KL(q||p) = sum_j (p_j - q_j)(x_j - y_j) = E_p[x - y] - E_q[x - y].
+"""
+
+# mypy: allow-untyped-defs
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+#: probabilities are clamped from below by this number before their logarithm is taken (kind "probs")
+SMALLEST_PROBABILITY = tl.constexpr(1e-12)
+
+
+@triton.jit
+def target_logits(b_s, KIND: tl.constexpr):
+    """Y in float32 from a tile of S_aa: its scores, or log max(S_aa, 1e-12) of probabilities. NaN stays NaN."""
+    b_y = b_s.to(tl.float32)
+    if KIND == "probs":
+        b_y = tl.log(tl.where(b_y < SMALLEST_PROBABILITY, SMALLEST_PROBABILITY, b_y))
+    return b_y
+
+
+@triton.jit
+def target_gradient(b_dy, b_s, KIND: tl.constexpr):
+    """dS_aa from dY: dY itself, or dY / S_aa where S_aa was not clamped."""
+    if KIND == "probs":
+        b_s = b_s.to(tl.float32)
+        b_dy = tl.where(b_s < SMALLEST_PROBABILITY, 0.0, b_dy / b_s)
+    return b_dy
+
+
+@triton.jit
+def side_scale(scaling, side):
+    """(factor of X: projection_scale [/ n_b^2], weight of a row's loss: 1 [/ n_a], whether the side counts)."""
+    scale = scaling.projection_scale
+    n = tl.maximum(side.n_b, 1).to(tl.float32)
+    scale = tl.where(scaling.projection_mean != 0, scale / (n * n), scale)
+    weight = tl.where(scaling.row_mean != 0, 1.0 / tl.maximum(side.n_a, 1).to(tl.float32), 1.0)
+    return scale, weight, tl.where(side.is_text, scaling.text, scaling.vision) != 0
+
+
+@triton.jit
+def row_softmax(b_s, inside):
+    """(softmax of whole rows [M, N] over the columns ``inside`` [1, N], row maximum, row sum of exp), in float32."""
+    b_s = tl.where(inside, b_s.to(tl.float32), float("-inf"))
+    b_m = tl.max(b_s, 1)
+    b_p = tl.exp(b_s - b_m[:, None])
+    b_l = tl.sum(b_p, 1)
+    return b_p / b_l[:, None], b_m, b_l
+
+
+@triton.jit
+def store_rows(side, spans, o_i, m_x, l_x, m_y, l_y, e_p, e_q, m_f, l_f):
+    """Write the eight numbers of rows o_i, 0 for rows beyond the span.
+
+    In order: max and sum of exp of X, of Y; E_p[d], E_q[d]; max and sum of exp of the cross block's rows.
+    """
+    p, s_n = side.p_n, side.s_n
+    mask = o_i < tl.where(side.is_text, spans.n_text, spans.n_vision)
+    keep = o_i < side.n_a
+    tl.store(p + o_i, tl.where(keep, m_x, 0.0), mask=mask)
+    tl.store(p + s_n + o_i, tl.where(keep, l_x, 0.0), mask=mask)
+    tl.store(p + 2 * s_n + o_i, tl.where(keep, m_y, 0.0), mask=mask)
+    tl.store(p + 3 * s_n + o_i, tl.where(keep, l_y, 0.0), mask=mask)
+    tl.store(p + 4 * s_n + o_i, tl.where(keep, e_p, 0.0), mask=mask)
+    tl.store(p + 5 * s_n + o_i, tl.where(keep, e_q, 0.0), mask=mask)
+    tl.store(p + 6 * s_n + o_i, tl.where(keep, m_f, 0.0), mask=mask)
+    tl.store(p + 7 * s_n + o_i, tl.where(keep, l_f, 0.0), mask=mask)
+
+
+@triton.jit
+def load_rows(side, o_i):
+    """(m_x, l_x, m_y, l_y, E_p[d], E_q[d]) of rows o_i; beyond the span l = 1 and the rest 0."""
+    p, s_n = side.p_n, side.s_n
+    mask = o_i < side.n_a
+    return (
+        tl.load(p + o_i, mask=mask, other=0.0),
+        tl.load(p + s_n + o_i, mask=mask, other=1.0),
+        tl.load(p + 2 * s_n + o_i, mask=mask, other=0.0),
+        tl.load(p + 3 * s_n + o_i, mask=mask, other=1.0),
+        tl.load(p + 4 * s_n + o_i, mask=mask, other=0.0),
+        tl.load(p + 5 * s_n + o_i, mask=mask, other=0.0),
+    )
+
+
+@triton.jit
+def rows_start(BLOCK_I: tl.constexpr):
+    """The running numbers of BLOCK_I rows before their first tile: (m, l, s, r) of X, then of Y."""
+    low = tl.full([BLOCK_I], float("-inf"), tl.float32)
+    zero = tl.zeros([BLOCK_I], tl.float32)
+    return low, zero, zero, zero, low, zero, zero, zero
+
+
+@triton.jit
+def rows_update(m_x, l_x, s_x, r_x, m_y, l_y, s_y, r_y, b_x, b_y, inside, first):
+    """Take the tile b_x, b_y [I, J] into the rows' numbers; ``inside`` [1, J] masks columns, ``first`` the first tile.
+
+    Per row: m = max x, l = sum_j e^(x_j - m), s = sum_j e^(x_j - m) d_j with d = (x - r_x) - (y - r_y), where the
+    references r are the first tile's maxima: a common offset of X and Y then costs no precision.
+    """
+    b_x = tl.where(inside, b_x, float("-inf"))
+    b_y = tl.where(inside, b_y, float("-inf"))
+    n_x = tl.maximum(m_x, tl.max(b_x, 1))
+    n_y = tl.maximum(m_y, tl.max(b_y, 1))
+    r_x = tl.where(first, n_x, r_x)
+    r_y = tl.where(first, n_y, r_y)
+    b_d = tl.where(inside, (b_x - r_x[:, None]) - (b_y - r_y[:, None]), 0.0)
+    b_p = tl.exp(b_x - n_x[:, None])
+    b_q = tl.exp(b_y - n_y[:, None])
+    c_x = tl.exp(m_x - n_x)
+    c_y = tl.exp(m_y - n_y)
+    l_x = l_x * c_x + tl.sum(b_p, 1)
+    l_y = l_y * c_y + tl.sum(b_q, 1)
+    s_x = s_x * c_x + tl.sum(b_p * b_d, 1)
+    s_y = s_y * c_y + tl.sum(b_q * b_d, 1)
+    return n_x, l_x, s_x, r_x, n_y, l_y, s_y, r_y
+
+
+@triton.jit
+def rows_finish(m_x, l_x, s_x, r_x, m_y, l_y, s_y, r_y):
+    """(loss, E_p[d], E_q[d]) of the rows, with d = (x - m_x) - (y - m_y).
+
+    KL(p||q) + KL(q||p) = E_p[x - y] - E_q[x - y], in which every reference cancels. Not below 0: rounding only.
+    """
+    e_x = s_x / l_x
+    e_y = s_y / l_y
+    shift = (r_x - m_x) - (r_y - m_y)
+    loss = e_x - e_y
+    return tl.where(loss < 0.0, 0.0, loss), e_x + shift, e_y + shift
+
+
+@triton.jit
+def rows_gradient(b_x, b_y, m_x, l_x, m_y, l_y, e_p, e_q, inside):
+    """(dL/dX, dL/dY) of a tile [I, J], 0 where not ``inside``.
+
+    dX = p (d - E_p[d]) + (p - q), dY = -q (d - E_q[d]) - (p - q), d = (x - m_x) - (y - m_y).
+    """
+    b_x = b_x - m_x[:, None]
+    b_y = b_y - m_y[:, None]
+    b_p = tl.exp(b_x) / l_x[:, None]
+    b_q = tl.exp(b_y) / l_y[:, None]
+    b_d = b_x - b_y
+    b_dx = b_p * (b_d - e_p[:, None]) + (b_p - b_q)
+    b_dy = -b_q * (b_d - e_q[:, None]) - (b_p - b_q)
+    return tl.where(inside, b_dx, 0.0), tl.where(inside, b_dy, 0.0)
