@@ -20,6 +20,11 @@ from .reference import block_softmax, cacr_closed_form
 PATTERNS = ("normal", "shifted", "outlier", "one_hot", "uniform", "congruent")
 
 
+def device_of(backend: str) -> str:
+    """The device whose tensors ``backend`` takes on this machine."""
+    return "cpu" if backend == "cpu" or not torch.cuda.is_available() else "cuda"
+
+
 def make_scores(
     n_text: int,
     n_vision: int,

@@ -1,0 +1,42 @@
+# One command a goal. Every goal that runs something first makes the environment in .venv.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+JOBS   ?= $(shell nproc 2>/dev/null || echo 2)
+
+.PHONY: setup demo study test lint aot aot-old-triton bench gpu-report clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/*.cpp csrc/*/*)
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch triton
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[train,dev]"
+	$(BIN)/cacr doctor
+	@touch $@
+
+demo: setup
+	$(BIN)/cacr demo
+
+study: setup
+	$(BIN)/cacr study
+
+test: setup
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(TESTS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+aot: setup
+	$(BIN)/python -m cacr_kernels.triton.aot
+
+bench: setup
+	$(BIN)/cacr bench
+
+clean:
+	rm -rf $(VENV) build .cache cacr_kernels/_native*.so

@@ -1,0 +1,202 @@
+"""The operators and their autograd function: opcheck, gradcheck, torch.compile, refusals, no synchronisation."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from cacr_kernels import fused_cacr, fused_cacr_qk
+from cacr_kernels.testing import loss_and_gradients, make_scores, relative_error
+
+OPTIONS = (0, 4, 4, 5, "scores", "both", 1.0, False, False, "none")
+
+
+@pytest.fixture
+def kernel(backend):
+    if backend == "reference":
+        pytest.skip("the reference is plain PyTorch, without operators")
+    return backend
+
+
+def layouts(device):
+    base = make_scores(4, 5, batch=2, heads=2, device=device)
+    return {
+        "contiguous": base,
+        "transposed": base.mT,
+        "sliced": make_scores(5, 6, batch=2, heads=2, device=device)[..., 1:10, 1:10],
+        "expanded": base[:1].expand(2, 2, 9, 9),
+    }
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced", "expanded"])
+def test_opcheck(kernel, device, layout):
+    attn = layouts(device)[layout]
+    table = torch.tensor([[0, 4, 4, 5], [1, 3, 5, 2]], dtype=torch.int32, device=device)
+    for spans in (None, table):
+        problem = (spans, *OPTIONS, 1.0, kernel)
+        torch.library.opcheck(torch.ops.cacr_kernels.scores_forward, ([attn], *problem, True))
+        loss, saved = torch.ops.cacr_kernels.scores_forward([attn], *problem, True)
+        grad_loss = torch.ones((), device=device).expand(loss.shape)
+        torch.library.opcheck(torch.ops.cacr_kernels.scores_backward, (grad_loss, [attn], saved, *problem))
+
+
+def test_without_gradient_nothing_is_saved(kernel, device):
+    attn = make_scores(4, 5, device=device)
+    assert torch.ops.cacr_kernels.scores_forward([attn], None, *OPTIONS, 1.0, kernel, False)[1] == []
+
+
+@pytest.mark.parametrize("kind", ["scores", "softmax", "probs"])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_gradcheck(backend, kind):
+    attn = make_scores(3, 4, batch=2, heads=2, std=0.5, dtype=torch.float64)
+    if kind == "probs":
+        attn = attn.exp()
+    attn.requires_grad_()
+    ragged = {"n_text": torch.tensor([2, 3]), "n_vision": torch.tensor([4, 3]), "vision_start": 3}
+    for spans in ({"n_text": 3}, ragged):
+        for options in ({}, {"sides": "text", "row_reduction": "mean"}, {"projection_scale": "mean"}):
+            assert torch.autograd.gradcheck(
+                lambda x, s=spans, o=options: fused_cacr(x, **s, **o, kind=kind, backend=backend, reduction="none"),
+                (attn,),
+            )
+
+
+@pytest.mark.parametrize("case", ["stride 0", "scaled", "per problem"])
+def test_grad_output_of_any_scale_and_stride(backend, device, case):
+    attn = make_scores(4, 5, batch=2, heads=3, device=device)
+    weights = {"stride 0": 1.0, "scaled": -3.5, "per problem": torch.linspace(-1, 2, 6, device=device).view(3, 2).mT}
+
+    def function(x, backend=backend):
+        return (fused_cacr(x, 4, reduction="none", backend=backend) * weights[case]).sum()
+
+    _, (gradient,) = loss_and_gradients(function, attn)
+    _, (expected,) = loss_and_gradients(lambda x: function(x, "reference"), attn.double())
+    assert relative_error(gradient, expected) < 1e-4
+
+
+def test_second_derivative_is_refused_in_words(kernel, device):
+    attn = make_scores(4, 5, device=device).requires_grad_()
+    (gradient,) = torch.autograd.grad(fused_cacr(attn, 4, backend=kernel), attn, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"no second derivative.*backend='reference'"):
+        gradient.sum().backward()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        (attn.pow(2).sum() + gradient.pow(2).sum()).backward()
+
+
+def test_backward_twice_and_same_tensor_twice(backend, device):
+    q = torch.randn(1, 2, 9, 16, device=device, requires_grad=True)
+    loss = fused_cacr_qk(q, q, 4, backend="reference" if backend == "cuda" else backend)
+    first = torch.autograd.grad(loss, q, retain_graph=True)[0]
+    assert torch.equal(first, torch.autograd.grad(loss, q)[0])
+    _, (expected,) = loss_and_gradients(lambda x: fused_cacr_qk(x, x, 4, backend="reference"), q.double())
+    assert relative_error(first, expected) < 1e-4
+
+
+def test_frozen_inputs_and_no_grad(backend, device):
+    attn = make_scores(4, 5, device=device)
+    assert not fused_cacr(attn, 4, backend=backend).requires_grad
+    with torch.no_grad():
+        assert not fused_cacr(attn.clone().requires_grad_(), 4, backend=backend).requires_grad
+    if backend != "cuda":
+        q = torch.randn(1, 2, 9, 16, device=device, requires_grad=True)
+        k = torch.randn(1, 2, 9, 16, device=device)
+        fused_cacr_qk(q, k, 4, backend=backend).backward()
+        assert q.grad is not None
+        assert k.grad is None
+
+
+def test_activation_checkpointing(backend, device):
+    attn = make_scores(4, 5, batch=2, device=device)
+    _, (expected,) = loss_and_gradients(lambda x: fused_cacr(x * 2, 4, backend=backend), attn)
+    _, (actual,) = loss_and_gradients(
+        lambda x: checkpoint(lambda y: fused_cacr(y * 2, 4, backend=backend), x, use_reentrant=False), attn
+    )
+    assert torch.equal(actual, expected)
+
+
+def test_deterministic(backend, device):
+    attn = make_scores(17, 23, batch=2, heads=2, device=device)
+    results = [loss_and_gradients(lambda x: fused_cacr(x, 17, backend=backend), attn) for _ in range(3)]
+    for loss, (gradient,) in results[1:]:
+        assert torch.equal(loss, results[0][0])
+        assert torch.equal(gradient, results[0][1][0])
+
+
+def test_autocast_changes_nothing(backend, device):
+    attn = make_scores(5, 7, device=device)
+    expected, (expected_gradient,) = loss_and_gradients(lambda x: fused_cacr(x, 5, backend=backend), attn)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        loss, (gradient,) = loss_and_gradients(lambda x: fused_cacr(x, 5, backend=backend), attn)
+    assert torch.equal(loss, expected)
+    assert torch.equal(gradient, expected_gradient)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_compile_equals_eager(backend, device, dynamic, ragged):
+    torch._dynamo.reset()
+    spans = {"n_text": 4}
+    if ragged:
+        n_text, n_vision = (torch.tensor(v, device=device) for v in ([3, 4], [5, 2]))
+        spans = {"n_text": n_text, "n_vision": n_vision, "vision_start": 4}
+
+    def function(x):
+        return fused_cacr(x * 1.5, **spans, backend=backend) * 2
+
+    attn = make_scores(4, 5, batch=2, heads=3, device=device)
+    expected, (expected_gradient,) = loss_and_gradients(function, attn)
+    loss, (gradient,) = loss_and_gradients(torch.compile(function, fullgraph=True, dynamic=dynamic), attn)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_dynamic_shapes_do_not_recompile(kernel, device):
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    function = torch.compile(
+        lambda x, n: fused_cacr(x, n, backend=kernel), fullgraph=True, dynamic=True, backend=counter
+    )
+    for batch, heads, n, n_text in ((2, 3, 9, 4), (5, 3, 11, 6), (4, 3, 12, 7), (7, 3, 23, 5)):
+        attn = torch.randn(batch, heads, n, n, device=device, requires_grad=True)
+        function(attn, n_text).backward()
+    assert counter.frame_count == 1
+
+
+def test_nothing_is_read_back_from_the_device(backend, device, monkeypatch):
+    """No .item(), bool() or comparison of device values on the ragged path: those operations are made to fail."""
+    if device == "cpu" and backend != "triton":
+        pytest.skip("spans on the CPU are validated on the host")
+    attn = make_scores(4, 5, batch=2, device=device).requires_grad_()
+    spans = {"n_text": torch.tensor([3, 4], device=device), "n_vision": torch.tensor([5, 2], device=device)}
+    if device == "cpu":  # interpreted: the host check of CPU spans is the one allowed read
+        monkeypatch.setattr("cacr_kernels.arguments._check_table", lambda *_: None)
+
+    def refuse(*_, **__):
+        raise AssertionError("a device value was read back")
+
+    for method in ("item", "__bool__", "__int__", "__float__", "tolist"):
+        monkeypatch.setattr(torch.Tensor, method, refuse)
+    monkeypatch.setattr(torch, "equal", refuse)
+    loss = fused_cacr(attn, **spans, vision_start=4, backend=backend)
+    loss.backward()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_cuda_graph_capture(backend, device):
+    attn = make_scores(20, 36, batch=2, heads=2, device=device).requires_grad_()
+
+    def step():
+        return torch.autograd.grad(fused_cacr(attn, 20, backend=backend), attn)[0]
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            expected = step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        gradient = step()
+    gradient.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(gradient, expected)
