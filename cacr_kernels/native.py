@@ -1,0 +1,188 @@
+"""Backends "cpu" and "cuda": tensors become pointers and strides for the C++ module ``cacr_kernels._native``.
+
+The module is optional and knows nothing of torch. ``cpu`` and ``cuda`` offer the four functions of every backend
+(scores_forward, scores_backward, qk_forward, qk_backward); :func:`status` says which can run and why one cannot.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from .problem import ROW_NUMBERS, Options, Spans, block_limits
+
+_native: Any = None
+_import_error = ""
+try:
+    from . import _native  # type: ignore[attr-defined,no-redef]
+except ImportError as error:
+    _import_error = str(error).splitlines()[0]
+
+_DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
+_KINDS = {"scores": 0, "softmax": 1, "probs": 2}
+_SIDES = {"both": 0, "text": 1, "vision": 2}
+_STOP_GRADIENTS = {"none": 0, "target": 1, "projection": 2}
+
+#: device memory for intermediate matrices; a batch that needs more runs in several launches
+_CUDA_WORKSPACE_BYTES = 128 << 20
+
+_REBUILD = "reinstall the package (pip install -e .) with a C++17 compiler"
+
+
+def build_info() -> dict[str, Any]:
+    """What the native module was built with (compiler, instruction sets, CUDA architectures); empty without module."""
+    return {} if _native is None else dict(_native.build_info())
+
+
+def status() -> dict[str, tuple[bool, str, str]]:
+    """``{"cpu": ..., "cuda": ...}``, each (can run, one-line reason why not, details). Never raises."""
+    if _native is None:
+        missing = (False, f"the native module is missing ({_import_error}): {_REBUILD}", "")
+        return {"cpu": missing, "cuda": missing}
+    info = build_info()
+    threads = "OpenMP" if info["openmp"] else "one thread: built without OpenMP"
+    cpu = (True, "", f"{info['instruction_set']}, {threads}, {info['compiler']}")
+    if not info["cuda"]:
+        return {"cpu": cpu, "cuda": (False, f"built without CUDA: {info['cuda_reason']}", "")}
+    details = f"{info['cuda_compiler']} for {info['cuda_architectures']}"
+    count, reason = _native.cuda_devices()
+    return {"cpu": cpu, "cuda": (count > 0, reason, details)}
+
+
+def _tensor(x: Tensor) -> tuple[int, tuple[int, ...]]:
+    return x.data_ptr(), x.stride()
+
+
+def _tensors(inputs: list[Tensor]) -> list[tuple[int, tuple[int, ...]]]:
+    """The four blocks tt, tv, vt, vv; one attention tensor stands for all of them."""
+    return [_tensor(x) for x in (inputs if len(inputs) == 4 else inputs * 4)]
+
+
+def _options(options: Options) -> Any:
+    return _native.Options(
+        _KINDS[options.kind],
+        _SIDES[options.sides],
+        _STOP_GRADIENTS[options.stop_gradient],
+        options.projection_scale,
+        options.projection_mean,
+        options.row_mean,
+    )
+
+
+def _spans(spans: Spans, limit_text: int, limit_vision: int, disjoint: bool) -> Any:
+    table = 0 if spans.table is None else spans.table.data_ptr()
+    return _native.SpanTable(
+        table,
+        spans.text_start,
+        spans.vision_start,
+        spans.n_text,
+        spans.n_vision,
+        limit_text,
+        limit_vision,
+        disjoint,
+    )
+
+
+def _problem(inputs: list[Tensor], spans: Spans, options: Options) -> Any:
+    x = inputs[0]
+    return _native.Problem(
+        _DTYPES[x.dtype],
+        _options(options),
+        _spans(spans, *block_limits(inputs)),
+        x.shape[0],
+        x.shape[1],
+        len(inputs) == 1,
+        _tensors(inputs),
+    )
+
+
+def _loss_dtype(inputs: list[Tensor]) -> torch.dtype:
+    return torch.float64 if inputs[0].dtype == torch.float64 else torch.float32
+
+
+def _new_gradients(inputs: list[Tensor]) -> list[Tensor]:
+    """Contiguous and uninitialised: the kernels write every element."""
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
+
+
+class _Cpu:
+    """C++ kernels: a thread works on one problem (b, h) at a time, so results do not depend on the thread count."""
+
+    #: "" is the widest instruction set of this machine; tests set narrower ones
+    instruction_set = ""
+
+    def scores_forward(
+        self, inputs: list[Tensor], spans: Spans, options: Options, needs_grad: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Loss [B, H] of [attn] or [tt, tv, vt, vv]; nothing is saved, the backward recomputes from the inputs."""
+        loss = inputs[0].new_empty(inputs[0].shape[:2], dtype=_loss_dtype(inputs))
+        problem = _problem(inputs, spans, options)
+        problem.set_loss(loss.data_ptr())
+        self._run(problem)
+        return loss, []
+
+    def scores_backward(
+        self, grad_loss: Tensor, inputs: list[Tensor], saved: list[Tensor], spans: Spans, options: Options
+    ) -> list[Tensor]:
+        """d sum(grad_loss * loss) / d input for each input; grad_loss [B, H] with any strides."""
+        grad_loss = grad_loss.to(_loss_dtype(inputs))
+        gradients = _new_gradients(inputs)
+        problem = _problem(inputs, spans, options)
+        problem.set_grad_loss(grad_loss.data_ptr(), grad_loss.stride())
+        problem.set_grads(_tensors(gradients))
+        self._run(problem)
+        return gradients
+
+    def _run(self, problem: Any) -> None:
+        problem.set_threads(torch.get_num_threads())
+        _native.scores_cpu(problem, self.instruction_set)
+
+
+class _Cuda:
+    """CUDA C++ kernels on the current stream. Deterministic, no allocation inside, no synchronisation."""
+
+    def scores_forward(
+        self, inputs: list[Tensor], spans: Spans, options: Options, needs_grad: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Loss [B, H] of [attn] or [tt, tv, vt, vv], and the row numbers [B, H, 8, n_text + n_vision] float32."""
+        x = inputs[0]
+        loss = x.new_empty(x.shape[:2], dtype=torch.float32)
+        stats = x.new_empty((*x.shape[:2], ROW_NUMBERS, spans.n_text + spans.n_vision), dtype=torch.float32)
+        problem = _problem(inputs, spans, options)
+        problem.set_loss(loss.data_ptr())
+        problem.set_stats(stats.data_ptr())
+        self._run(problem, x, _native.forward_workspace_cuda, _native.scores_forward_cuda)
+        return loss, [stats] if needs_grad else []
+
+    def scores_backward(
+        self, grad_loss: Tensor, inputs: list[Tensor], saved: list[Tensor], spans: Spans, options: Options
+    ) -> list[Tensor]:
+        """d sum(grad_loss * loss) / d input for each input; grad_loss [B, H] with any strides."""
+        grad_loss = grad_loss.to(torch.float32)
+        gradients = _new_gradients(inputs)
+        problem = _problem(inputs, spans, options)
+        problem.set_grad_loss(grad_loss.data_ptr(), grad_loss.stride())
+        problem.set_grads(_tensors(gradients))
+        problem.set_stats(saved[0].data_ptr())
+        self._run(problem, inputs[0], _native.backward_workspace_cuda, _native.scores_backward_cuda)
+        return gradients
+
+    def qk_forward(self, *_: Any) -> NoReturn:
+        raise ValueError("backend 'cuda' computes fused_cacr only; for fused_cacr_qk use 'triton', 'cpu' or 'reference'")
+
+    def qk_backward(self, *_: Any) -> NoReturn:
+        self.qk_forward()
+
+    def _run(self, problem: Any, x: Tensor, workspace_bytes: Any, launch: Any) -> None:
+        each = workspace_bytes(problem)
+        count = max(1, min(x.shape[0] * x.shape[1], _CUDA_WORKSPACE_BYTES // max(each, 1)))
+        workspace = torch.empty(each * count, dtype=torch.uint8, device=x.device)
+        problem.set_workspace(workspace.data_ptr(), workspace.numel())
+        problem.set_stream(torch.cuda.current_stream(x.device).cuda_stream, x.device.index)
+        launch(problem)
+
+
+cpu = _Cpu()
+cuda = _Cuda()

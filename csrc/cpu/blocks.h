@@ -1,0 +1,145 @@
+// Moves blocks between tensors (any dtype, any strides) and scratch matrices (float or double, rows padded with zeros to
+// whole vectors), and transposes them.
+#pragma once
+
+#include "simd.h"
+
+namespace cacr {
+namespace CACR_ISA {
+
+CACR_INLINE float float_of_bits(unsigned bits) {
+    float value;
+    __builtin_memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+CACR_INLINE unsigned bits_of_float(float value) {
+    unsigned bits;
+    __builtin_memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+// Storage types of 16 bits, converted without branches so that loops over them vectorise.
+struct Bf16 {
+    unsigned short bits;
+};
+struct Half {
+    unsigned short bits;
+};
+
+CACR_INLINE float to_float(Bf16 v) { return float_of_bits((unsigned)v.bits << 16); }
+
+// Exponents are moved to float's bias by a product with 2^112, which also turns subnormals right; inf and NaN are patched.
+CACR_INLINE float to_float(Half v) {
+    const unsigned magnitude = ((unsigned)v.bits & 0x7fffu) << 13;
+    const unsigned sign = ((unsigned)v.bits & 0x8000u) << 16;
+    const unsigned scaled = bits_of_float(float_of_bits(magnitude) * 0x1p112f);
+    const unsigned special = 0u - (unsigned)(magnitude >= 0x0f800000u);
+    return float_of_bits(sign | (special & (magnitude | 0x7f800000u)) | (~special & scaled));
+}
+CACR_INLINE float to_float(float v) { return v; }
+CACR_INLINE double to_float(double v) { return v; }
+
+// Rounds to nearest even.
+CACR_INLINE void from_float(float value, Bf16& out) {
+    const unsigned bits = bits_of_float(value);
+    const unsigned rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    out.bits = (unsigned short)(value == value ? rounded : 0x7fc0u);
+}
+
+CACR_INLINE void from_float(float value, Half& out) {
+    const unsigned bits = bits_of_float(value);
+    const unsigned sign = (bits >> 16) & 0x8000u;
+    const unsigned magnitude = bits & 0x7fffffffu;
+    // Normal halves: move the exponent bias and round the low 13 bits. Subnormal halves: adding 0.5 rounds at 2^-24.
+    const unsigned normal = (magnitude - 0x38000000u + 0x0fffu + ((magnitude >> 13) & 1u)) >> 13;
+    const unsigned subnormal = bits_of_float(float_of_bits(magnitude) + 0.5f) - 0x3f000000u;
+    unsigned half = magnitude < 0x38800000u ? subnormal : normal;
+    half = magnitude >= 0x477ff000u ? 0x7c00u : half;
+    half = magnitude > 0x7f800000u ? 0x7e00u : half;
+    out.bits = (unsigned short)(sign | half);
+}
+CACR_INLINE void from_float(float value, float& out) { out = value; }
+CACR_INLINE void from_float(double value, double& out) { out = value; }
+
+template <typename V, int... I>
+CACR_INLINE V low_halves(V a, V b, Indices<I...>) {
+    constexpr int n = (int)sizeof...(I);
+    return __builtin_shufflevector(a, b, ((I & 1) * n + I / 2)...);
+}
+template <typename V, int... I>
+CACR_INLINE V high_halves(V a, V b, Indices<I...>) {
+    constexpr int n = (int)sizeof...(I);
+    return __builtin_shufflevector(a, b, ((I & 1) * n + n / 2 + I / 2)...);
+}
+
+// Transposes a square of vectors: log2(lanes) perfect shuffles of the rows.
+template <typename T>
+CACR_INLINE void transpose_square(Vec<T> (&rows)[kLanes<T>]) {
+    constexpr int n = kLanes<T>;
+    typedef typename MakeIndices<n>::type Lane;
+    constexpr int rounds = n == 16 ? 4 : n == 8 ? 3 : n == 4 ? 2 : 1;
+    unrolled<rounds>([&](auto) __attribute__((always_inline)) {
+        Vec<T> next[n];
+        unrolled<n / 2>([&](auto i) __attribute__((always_inline)) {
+            next[2 * i] = low_halves(rows[i], rows[i + n / 2], Lane{});
+            next[2 * i + 1] = high_halves(rows[i], rows[i + n / 2], Lane{});
+        });
+        unrolled<n>([&](auto i) __attribute__((always_inline)) { rows[i] = next[i]; });
+    });
+}
+
+// out [columns, ld_out] = in^T for in [rows, ld_in] padded with zeros; out is padded with zeros too.
+template <typename T>
+static void transpose(i64 rows, i64 columns, const T* in, i64 ld_in, T* out, i64 ld_out) {
+    constexpr int n = kLanes<T>;
+    for (i64 i = 0; i < rows; i += n) {
+        for (i64 j = 0; j < columns; j += n) {
+            Vec<T> square[n];
+            unrolled<n>([&](auto r) __attribute__((always_inline)) {
+                square[r] = i + r < rows ? load(in + (i + r) * ld_in + j) : Vec<T>{};
+            });
+            transpose_square<T>(square);
+            unrolled<n>([&](auto r) __attribute__((always_inline)) {
+                if (j + r < columns) store(out + (j + r) * ld_out + i, square[r]);
+            });
+        }
+    }
+}
+
+template <typename T, typename S>
+static void load_row(i64 columns, const S* in, i64 step, T* out, i64 ld) {
+    if (step == 1)
+        for (i64 j = 0; j < columns; ++j) out[j] = to_float(in[j]);
+    else
+        for (i64 j = 0; j < columns; ++j) out[j] = to_float(in[j * step]);
+    for (i64 j = columns; j < ld; ++j) out[j] = T(0);
+}
+
+// out [rows, ld] = the block of `tensor` whose corner is (row, column) in matrix (b, h). Column-major sources are read along
+// their columns into `swap` [columns, padded(rows)] and transposed.
+template <typename T, typename S>
+static void load_block(const ConstTensor& tensor, i64 b, i64 h, i64 row, i64 column, i64 rows, i64 columns, T* out, T* swap) {
+    const i64* s = tensor.stride;
+    const S* in = (const S*)tensor.data + b * s[0] + h * s[1] + row * s[2] + column * s[3];
+    const i64 ld = padded<T>(columns), ld_swap = padded<T>(rows);
+    if (s[3] != 1 && s[2] == 1) {
+        for (i64 j = 0; j < columns; ++j) load_row(rows, in + j * s[3], 1, swap + j * ld_swap, ld_swap);
+        transpose(columns, rows, swap, ld_swap, out, ld);
+    } else {
+        for (i64 i = 0; i < rows; ++i) load_row(columns, in + i * s[2], s[3], out + i * ld, ld);
+    }
+}
+
+// One stretch of an output row: `count` values, or zeros where `values` is null. Returns its end.
+template <typename T, typename S>
+CACR_INLINE S* store_stretch(S* out, const T* values, i64 count) {
+    if (values)
+        for (i64 j = 0; j < count; ++j) from_float(values[j], out[j]);
+    else
+        __builtin_memset(out, 0, (size_t)count * sizeof(S));
+    return out + count;
+}
+
+}  // namespace CACR_ISA
+}  // namespace cacr

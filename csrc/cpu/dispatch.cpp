@@ -1,0 +1,103 @@
+#include "dispatch.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstdlib>
+#include <new>
+#include <stdexcept>
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+namespace cacr {
+namespace {
+
+struct Candidate {
+    const Kernels* kernels;
+    bool runs;
+};
+
+std::vector<Candidate> candidates() {
+    std::vector<Candidate> list{{&kBaseKernels, true}};
+#if defined(CACR_WITH_AVX)
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    list.push_back({&kAvx2Kernels, avx2});
+    list.push_back({&kAvx512Kernels, avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")});
+#endif
+    return list;
+}
+
+// Scratch of one thread.
+class Buffer {
+   public:
+    explicit Buffer(i64 bytes) : data_((char*)std::aligned_alloc(64, (size_t)((bytes + 64) / 64 * 64))) {}
+    ~Buffer() { std::free(data_); }
+    Buffer(const Buffer&) = delete;
+    Buffer& operator=(const Buffer&) = delete;
+    char* data() const { return data_; }
+
+   private:
+    char* data_;
+};
+
+}  // namespace
+
+std::vector<std::string> cpu_instruction_sets() {
+    std::vector<std::string> names;
+    for (const Candidate& c : candidates())
+        if (c.runs) names.emplace_back(c.kernels->name);
+    return names;
+}
+
+const Kernels& cpu_kernels(const std::string& name) {
+    const Kernels* best = nullptr;
+    for (const Candidate& c : candidates())
+        if (c.runs && (name.empty() || name == c.kernels->name)) best = c.kernels;
+    if (!best) throw std::invalid_argument("instruction set '" + name + "' is not in this build or not on this machine");
+    return *best;
+}
+
+bool cpu_has_openmp() {
+#if defined(_OPENMP)
+    return true;
+#else
+    return false;
+#endif
+}
+
+void cacr_scores_cpu(const Problem& problem, const Kernels& kernels) {
+    const i64 count = problem.batch * problem.heads;
+    const i64 bytes = kernels.scores_scratch(problem);
+    const int threads = (int)std::max<i64>(1, std::min<i64>(problem.threads, count));
+    bool out_of_memory = false;
+#pragma omp parallel num_threads(threads) if (threads > 1) reduction(|| : out_of_memory)
+    {
+        const Buffer scratch(bytes);
+        out_of_memory = !scratch.data();
+#pragma omp for schedule(dynamic, 1)
+        for (i64 index = 0; index < count; ++index)
+            if (scratch.data()) kernels.scores(problem, index, scratch.data());
+    }
+    if (out_of_memory) throw std::bad_alloc();
+}
+
+double cpu_multiply_add_rate(const Kernels& kernels, int threads, double seconds) {
+    double total = 0;
+#pragma omp parallel num_threads(threads) if (threads > 1) reduction(+ : total)
+    {
+        float sink;
+        double done = 0, elapsed = 0;
+        const auto start = std::chrono::steady_clock::now();
+        while (elapsed < seconds) {
+            done += kernels.multiply_adds(1000, &sink);
+            elapsed = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+        }
+        total = done / elapsed;
+    }
+    return total;
+}
+
+}  // namespace cacr

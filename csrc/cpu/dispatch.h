@@ -1,0 +1,25 @@
+// Entry points of the CPU backend: choose the instruction set, share problems out among OpenMP threads.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace cacr {
+
+// Names of the instruction sets this build holds and this machine runs, narrowest first.
+std::vector<std::string> cpu_instruction_sets();
+
+// Kernels for `name`; an empty name means the widest this machine runs. Throws std::invalid_argument otherwise.
+const Kernels& cpu_kernels(const std::string& name);
+
+bool cpu_has_openmp();
+
+// Loss and/or gradients of every problem, on problem.threads threads (see Kernels::scores).
+void cacr_scores_cpu(const Problem& problem, const Kernels& kernels);
+
+// Multiply-adds per second of the register tile on `threads` threads, from L1: the arithmetic roof of these kernels.
+double cpu_multiply_add_rate(const Kernels& kernels, int threads, double seconds);
+
+}  // namespace cacr

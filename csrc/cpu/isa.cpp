@@ -1,0 +1,44 @@
+// Compiled once per instruction set with -DCACR_ISA=<name> -DCACR_TABLE=<table> -DCACR_VECTOR_BYTES, -DCACR_REGISTERS,
+// -DCACR_TILE_ROWS. Nothing here may have external linkage outside namespace CACR_ISA (see problem.h, CACR_HD).
+#include "kernels.h"
+#include "scores.h"
+
+#define CACR_STRING_OF(x) #x
+#define CACR_STRING(x) CACR_STRING_OF(x)
+
+namespace cacr {
+namespace CACR_ISA {
+
+static i64 scores_scratch(const Problem& p) {
+    const bool backward = p.grads[TT].data != nullptr;
+    return p.dtype == DType::f64
+               ? lay_out<double>(nullptr, p.spans.n_text, p.spans.n_vision, p.options.kind, backward).bytes
+               : lay_out<float>(nullptr, p.spans.n_text, p.spans.n_vision, p.options.kind, backward).bytes;
+}
+
+static void scores(const Problem& p, i64 index, char* scratch) {
+    switch (p.dtype) {
+        case DType::f64: return scores_problem<double, double>(p, index, scratch);
+        case DType::f32: return scores_problem<float, float>(p, index, scratch);
+        case DType::bf16: return scores_problem<float, Bf16>(p, index, scratch);
+        case DType::f16: return scores_problem<float, Half>(p, index, scratch);
+    }
+}
+
+static double multiply_adds(i64 rounds, float* sink) {
+    constexpr int rows = rows_for(kMaxVectors), width = kMaxVectors * kLanes<float>, depth = 64;
+    alignas(64) float left[rows * depth], right[depth * width], out[rows * width];
+    for (int i = 0; i < rows * depth; ++i) left[i] = 1e-3f * (float)(i % 7);
+    for (int i = 0; i < depth * width; ++i) right[i] = 1e-3f * (float)(i % 5);
+    for (int i = 0; i < rows * width; ++i) out[i] = 0.0f;
+    for (i64 r = 0; r < rounds; ++r) tile<float, rows, kMaxVectors>(depth, {left, depth, 1}, right, width, out, width, true);
+    *sink = out[0];
+    return (double)rounds * rows * width * depth;
+}
+
+}  // namespace CACR_ISA
+
+extern const Kernels CACR_TABLE;
+const Kernels CACR_TABLE = {CACR_STRING(CACR_ISA), CACR_ISA::scores_scratch, CACR_ISA::scores, CACR_ISA::multiply_adds};
+
+}  // namespace cacr

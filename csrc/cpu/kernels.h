@@ -1,0 +1,26 @@
+// The table of CPU kernels that each instruction set provides. One problem at a time, serial: the caller shares problems out
+// among threads, so results do not depend on the number of threads.
+#pragma once
+
+#include "../include/problem.h"
+
+namespace cacr {
+
+struct Kernels {
+    const char* name;
+    // Bytes of scratch that one thread needs, 64-byte aligned.
+    i64 (*scores_scratch)(const Problem&);
+    // Problem number index = b * heads + h: its loss if problem.loss is set, its gradient times grad_loss (1 where null) if
+    // problem.grads are set.
+    void (*scores)(const Problem&, i64 index, char* scratch);
+    // All multiply-adds of `rounds` register tiles held in L1, for measuring this machine's rate; returns their number.
+    double (*multiply_adds)(i64 rounds, float* sink);
+};
+
+extern const Kernels kBaseKernels;  // SSE2, NEON or whatever the compiler makes of 16-byte vectors
+#if defined(CACR_WITH_AVX)
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512Kernels;
+#endif
+
+}  // namespace cacr

@@ -1,0 +1,217 @@
+// One problem of the scores kernels: loss and gradient of one head, everything in scratch of one thread.
+//
+// Side a in {text, vision} with n = n_a rows, other side b with m = n_b (paper Eq. 3-5; factor s = projection factor):
+//     U = F W,  X = s U F^T,  Y = S_aa,  F = S_ab [n, m], W = S_bb [m, m]  (kind softmax: row softmaxes of both)
+//     G = s dL/dX,  dU = G F,  dF = G^T U + dU W^T,  dW += F^T dU,  dS_aa += dL/dY
+// 6 n m (n + m) multiply-adds a side.
+#pragma once
+
+#include "blocks.h"
+#include "gemm.h"
+#include "rows.h"
+
+namespace cacr {
+namespace CACR_ISA {
+
+// Scratch matrices of one problem; index ab in {TT, TV, VT, VV}, index a in {0 text, 1 vision}.
+template <typename T>
+struct Scratch {
+    T* raw[4];      // blocks as loaded; kind softmax: TV and VT become probabilities
+    T* inner[2];    // W of the other side: raw TT, VV, or their softmaxes
+    T* swapped[4];  // transposes of the factors
+    T* grad[4];
+    T* grad_inner;  // kind softmax: dW before the softmax backward
+    T* u;
+    T* du;
+    T* x;
+    T* rows;  // two rows
+    T* pack;
+    i64 bytes;
+};
+
+// Lays the matrices out from `base` (null: only counts bytes).
+template <typename T>
+static Scratch<T> lay_out(char* base, i64 n_text, i64 n_vision, Kind kind, bool backward) {
+    Scratch<T> s;
+    i64 used = 0;
+    // Five extra lines keep matrices of equal size from falling on the same cache sets.
+    auto take = [&](i64 elements) {
+        T* at = (T*)(base + used);
+        used += (elements * (i64)sizeof(T) + 63) / 64 * 64 + 5 * 64;
+        return at;
+    };
+    const i64 n[2] = {n_text, n_vision};
+    const i64 ld[2] = {padded<T>(n_text), padded<T>(n_vision)};
+    const i64 widest = ld[0] > ld[1] ? ld[0] : ld[1];
+    for (int ab = 0; ab < 4; ++ab) {
+        s.raw[ab] = take(n[ab / 2] * ld[ab % 2]);
+        s.swapped[ab] = take(n[ab % 2] * ld[ab / 2]);
+        s.grad[ab] = backward ? take(n[ab / 2] * ld[ab % 2]) : nullptr;
+    }
+    for (int a = 0; a < 2; ++a) s.inner[a] = kind == Kind::softmax ? take(n[a] * ld[a]) : s.raw[3 * a];
+    s.grad_inner = backward && kind == Kind::softmax ? take(widest * widest) : nullptr;
+    s.u = take(widest * widest);
+    s.du = backward ? take(widest * widest) : nullptr;
+    s.x = take(widest * widest);
+    s.rows = take(2 * widest);
+    s.pack = take(pack_elements<T>());
+    s.bytes = used;
+    return s;
+}
+
+// Loss of side a; with a backward pass, its contributions to the gradients, weighted by `weight`.
+template <typename T>
+static double run_side(const Options& o, int a, i64 n, i64 m, const Scratch<T>& s, bool backward, T weight) {
+    const int aa = 3 * a, ab = a ? VT : TV, b = 1 - a;
+    const i64 ldn = padded<T>(n), ldm = padded<T>(m);
+    const T* f = s.raw[ab];
+    const T* w = s.inner[b];
+    const T row_weight = (T)row_factor(o, (int)n);
+    multiply<T>(n, m, m, {f, ldm, 1}, w, ldm, s.u, ldm, false, s.pack);
+    multiply<T>(n, n, m, {s.u, ldm, 1}, s.swapped[ab], ldn, s.x, ldn, false, s.pack);
+
+    RowTerms<T> terms;
+    terms.n = n;
+    terms.factor = (T)projection_factor(o, (int)m);
+    terms.weight = weight * row_weight;
+    terms.grad_x = backward && o.stop_gradient != StopGradient::projection;
+    terms.grad_y = backward && o.stop_gradient != StopGradient::target;
+    terms.probs = o.kind == Kind::probs;
+    double loss = 0;
+    for (i64 i = 0; i < n; ++i)
+        loss += (double)compare_row<T>(terms, s.x + i * ldn, s.raw[aa] + i * ldn, backward ? s.grad[aa] + i * ldn : nullptr, s.rows,
+                                       s.rows + ldn);
+    loss *= (double)row_weight;
+    if (!terms.grad_x) return loss;
+
+    T* grad_f = s.grad[ab];
+    multiply<T>(n, m, n, {s.x, ldn, 1}, f, ldm, s.du, ldm, false, s.pack);
+    multiply<T>(n, m, n, {s.x, 1, ldn}, s.u, ldm, grad_f, ldm, false, s.pack);
+    multiply<T>(n, m, m, {s.du, ldm, 1}, s.swapped[3 * b], ldm, grad_f, ldm, true, s.pack);
+    if (o.kind != Kind::softmax) {
+        multiply<T>(m, m, n, {f, 1, ldm}, s.du, ldm, s.grad[3 * b], ldm, true, s.pack);
+        return loss;
+    }
+    multiply<T>(m, m, n, {f, 1, ldm}, s.du, ldm, s.grad_inner, ldm, false, s.pack);
+    for (i64 i = 0; i < n; ++i) softmax_row_backward<T>(m, f + i * ldm, grad_f + i * ldm, grad_f + i * ldm, false);
+    for (i64 i = 0; i < m; ++i)
+        softmax_row_backward<T>(m, w + i * ldm, s.grad_inner + i * ldm, s.grad[3 * b] + i * ldm, true);
+    return loss;
+}
+
+// Blocks and the transposed factors that the active sides need.
+template <typename T, typename S>
+static void load_problem(const Problem& p, const Extent& e, i64 b, i64 h, const Scratch<T>& s, bool backward) {
+    const i64 start[2] = {e.text_start, e.vision_start};
+    const i64 n[2] = {e.n_text, e.n_vision};
+    for (int ab = 0; ab < 4; ++ab)
+        load_block<T, S>(p.blocks[ab], b, h, start[ab / 2], start[ab % 2], n[ab / 2], n[ab % 2], s.raw[ab], s.swapped[ab]);
+    for (int a = 0; a < 2; ++a) {
+        const int ab = a ? VT : TV, bb = 3 * (1 - a);
+        const i64 rows = n[a], m = n[1 - a], ldn = padded<T>(rows), ldm = padded<T>(m);
+        if (!side_active(p.options, e, a)) continue;
+        if (p.options.kind == Kind::softmax) {
+            for (i64 i = 0; i < rows; ++i) softmax_row<T>(m, s.raw[ab] + i * ldm, s.raw[ab] + i * ldm);
+            for (i64 i = 0; i < m; ++i) softmax_row<T>(m, s.raw[bb] + i * ldm, s.inner[1 - a] + i * ldm);
+        }
+        transpose<T>(rows, m, s.raw[ab], ldm, s.swapped[ab], ldn);
+        if (backward) transpose<T>(m, m, s.inner[1 - a], ldm, s.swapped[bb], ldm);
+    }
+}
+
+// Writes gradient matrix (b, h) of block ab: the span's values, zero elsewhere. Row ranges as in Extent.
+template <typename T, typename S>
+static void store_block(const MutableTensor& grad, i64 b, i64 h, i64 rows, i64 columns, i64 row_start, i64 n_rows, i64 column_start,
+                        i64 n_columns, const T* values) {
+    S* out = (S*)grad.data + b * grad.stride[0] + h * grad.stride[1];
+    const i64 ld = padded<T>(n_columns);
+    for (i64 i = 0; i < rows; ++i) {
+        S* at = out + i * grad.stride[2];
+        if (i < row_start || i >= row_start + n_rows) {
+            store_stretch<T, S>(at, nullptr, columns);
+            continue;
+        }
+        at = store_stretch<T, S>(at, nullptr, column_start);
+        at = store_stretch<T, S>(at, values + (i - row_start) * ld, n_columns);
+        store_stretch<T, S>(at, nullptr, columns - column_start - n_columns);
+    }
+}
+
+// The same for one attention tensor: each row holds the two spans in either order.
+template <typename T, typename S>
+static void store_single(const MutableTensor& grad, i64 b, i64 h, i64 size, const Extent& e, const Scratch<T>& s) {
+    S* out = (S*)grad.data + b * grad.stride[0] + h * grad.stride[1];
+    const i64 start[2] = {e.text_start, e.vision_start};
+    const i64 n[2] = {e.n_text, e.n_vision};
+    const int first = e.n_text && (!e.n_vision || e.text_start < e.vision_start) ? 0 : 1, last = 1 - first;
+    for (i64 i = 0; i < size; ++i) {
+        S* row = out + i * grad.stride[2];
+        const int a = i >= start[0] && i < start[0] + n[0] ? 0 : i >= start[1] && i < start[1] + n[1] ? 1 : -1;
+        if (a < 0 || !n[0] || !n[1]) {
+            store_stretch<T, S>(row, nullptr, size);
+            continue;
+        }
+        const i64 r = i - start[a];
+        S* at = store_stretch<T, S>(row, nullptr, start[first]);
+        at = store_stretch<T, S>(at, s.grad[2 * a + first] + r * padded<T>(n[first]), n[first]);
+        at = store_stretch<T, S>(at, nullptr, start[last] - start[first] - n[first]);
+        at = store_stretch<T, S>(at, s.grad[2 * a + last] + r * padded<T>(n[last]), n[last]);
+        store_stretch<T, S>(at, nullptr, size - start[last] - n[last]);
+    }
+}
+
+template <typename T, typename S>
+static void store_problem(const Problem& p, const Extent& e, i64 b, i64 h, const Scratch<T>& s) {
+    const i64 limit[2] = {p.spans.limit_text, p.spans.limit_vision};
+    const i64 start[2] = {e.text_start, e.vision_start};
+    const i64 n[2] = {e.n_text, e.n_vision};
+    if (p.single) {
+        store_single<T, S>(p.grads[TT], b, h, limit[0], e, s);
+        return;
+    }
+    const bool empty = !n[0] || !n[1];
+    for (int ab = 0; ab < 4; ++ab)
+        store_block<T, S>(p.grads[ab], b, h, limit[ab / 2], limit[ab % 2], start[ab / 2], empty ? 0 : n[ab / 2], start[ab % 2],
+                          empty ? 0 : n[ab % 2], s.grad[ab]);
+}
+
+// Gradient of an invalid example: NaN throughout.
+template <typename T, typename S>
+static void store_nan(const Problem& p, i64 b, i64 h) {
+    const i64 limit[2] = {p.spans.limit_text, p.spans.limit_vision};
+    for (int ab = 0; ab < (p.single ? 1 : 4); ++ab) {
+        S* out = (S*)p.grads[ab].data + b * p.grads[ab].stride[0] + h * p.grads[ab].stride[1];
+        for (i64 i = 0; i < limit[ab / 2] * limit[ab % 2]; ++i) from_float((T)__builtin_nanf(""), out[i]);
+    }
+}
+
+template <typename T, typename S>
+static void scores_problem(const Problem& p, i64 index, char* scratch) {
+    const i64 b = index / p.heads, h = index % p.heads;
+    const Extent e = extent_of(p.spans, b);
+    const bool backward = p.grads[TT].data != nullptr;
+    T* loss = p.loss ? (T*)p.loss + index : nullptr;
+    if (!e.valid) {
+        if (loss) *loss = (T)__builtin_nanf("");
+        if (backward) store_nan<T, S>(p, b, h);
+        return;
+    }
+    const bool active[2] = {(bool)side_active(p.options, e, 0), (bool)side_active(p.options, e, 1)};
+    const Scratch<T> s = lay_out<T>(scratch, e.n_text, e.n_vision, p.options.kind, backward);
+    double total = 0;
+    if (active[0] || active[1]) {
+        const i64 n[2] = {e.n_text, e.n_vision};
+        const T weight = p.grad_loss ? ((const T*)p.grad_loss)[b * p.grad_loss_stride[0] + h * p.grad_loss_stride[1]] : T(1);
+        load_problem<T, S>(p, e, b, h, s, backward);
+        if (backward)
+            for (int ab = 0; ab < 4; ++ab)
+                __builtin_memset(s.grad[ab], 0, (size_t)(n[ab / 2] * padded<T>(n[ab % 2])) * sizeof(T));
+        for (int a = 0; a < 2; ++a)
+            if (active[a]) total += run_side<T>(p.options, a, n[a], n[1 - a], s, backward, weight);
+    }
+    if (loss) *loss = (T)total;
+    if (backward) store_problem<T, S>(p, e, b, h, s);
+}
+
+}  // namespace CACR_ISA
+}  // namespace cacr

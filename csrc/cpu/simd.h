@@ -1,0 +1,177 @@
+// Vectors of T for the instruction set this file is compiled for: CACR_VECTOR_BYTES wide, in namespace cacr::CACR_ISA.
+// Compiler vector extensions only (GCC, Clang), so the same source serves SSE2, AVX2, AVX-512 and NEON.
+#pragma once
+
+#include <stddef.h>
+
+#include "../include/problem.h"
+
+#define CACR_INLINE inline __attribute__((always_inline))
+
+namespace cacr {
+namespace CACR_ISA {
+
+template <typename T>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+    typedef float type __attribute__((vector_size(CACR_VECTOR_BYTES)));
+    typedef int integer __attribute__((vector_size(CACR_VECTOR_BYTES)));
+};
+template <>
+struct VectorOf<double> {
+    typedef double type __attribute__((vector_size(CACR_VECTOR_BYTES)));
+    typedef long long integer __attribute__((vector_size(CACR_VECTOR_BYTES)));
+};
+
+template <typename T>
+using Vec = typename VectorOf<T>::type;
+template <typename T>
+using IntVec = typename VectorOf<T>::integer;
+
+// Lanes of a vector.
+template <typename T>
+constexpr int kLanes = CACR_VECTOR_BYTES / (int)sizeof(T);
+
+template <typename T>
+constexpr i64 padded(i64 n) {
+    return (n + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+}
+
+template <int... I>
+struct Indices {};
+template <int N, int... I>
+struct MakeIndices : MakeIndices<N - 1, N - 1, I...> {};
+template <int... I>
+struct MakeIndices<0, I...> {
+    using type = Indices<I...>;
+};
+template <int I>
+struct Index {
+    constexpr operator int() const { return I; }
+};
+
+template <typename F, int... I>
+CACR_INLINE void unrolled_impl(F&& f, Indices<I...>) {
+    (f(Index<I>{}), ...);
+}
+
+// f(0), ..., f(N - 1), expanded by the front end: arrays of vectors indexed inside stay in registers.
+template <int N, typename F>
+CACR_INLINE void unrolled(F&& f) {
+    unrolled_impl(f, typename MakeIndices<N>::type{});
+}
+
+template <typename T>
+CACR_INLINE Vec<T> load(const T* p) {
+    Vec<T> v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+}
+
+template <typename T>
+CACR_INLINE void store(T* p, Vec<T> v) {
+    __builtin_memcpy(p, &v, sizeof v);
+}
+
+template <typename T>
+CACR_INLINE Vec<T> splat(T value) {
+    return value - Vec<T>{};
+}
+
+template <typename T>
+CACR_INLINE Vec<T> select(IntVec<T> mask, Vec<T> yes, Vec<T> no) {
+    return (Vec<T>)(((IntVec<T>)yes & mask) | ((IntVec<T>)no & ~mask));
+}
+
+// Lanes 0 .. count - 1 set.
+template <typename T>
+CACR_INLINE IntVec<T> first_lanes(i64 count) {
+    IntVec<T> lane;
+    for (int i = 0; i < kLanes<T>; ++i) lane[i] = i;
+    return lane < (IntVec<T>{} + (int)(count < kLanes<T> ? count : kLanes<T>));
+}
+
+// Lane-wise maximum. A comparison with NaN is false, so NaN in a is dropped here; the row sums bring it back.
+template <typename T>
+CACR_INLINE Vec<T> larger(Vec<T> a, Vec<T> b) {
+    return select<T>(a > b, a, b);
+}
+
+template <typename T>
+CACR_INLINE T sum_of(Vec<T> v) {
+    T total = v[0];
+    for (int i = 1; i < kLanes<T>; ++i) total += v[i];
+    return total;
+}
+
+template <typename T>
+CACR_INLINE T max_of(Vec<T> v) {
+    T best = v[0];
+    for (int i = 1; i < kLanes<T>; ++i) best = v[i] > best ? v[i] : best;
+    return best;
+}
+
+// exp(v) for v <= 0 (NaN stays NaN, below the normal range 0): 2^n times the Taylor series of exp on [-ln 2 / 2, ln 2 / 2],
+// n = round(v / ln 2) taken from the low bits of v / ln 2 + 1.5 * 2^mantissa.
+CACR_INLINE Vec<float> exp_nonpositive(Vec<float> v) {
+    typedef Vec<float> V;
+    typedef IntVec<float> I;
+    const float magic = 12582912.0f;
+    const V shifted = v * 1.44269504088896341f + magic;
+    const V n = shifted - magic;
+    V r = v - n * 0.693145751953125f;
+    r = r - n * 1.42860677e-6f;
+    V p = splat(1.0f / 5040);
+    p = p * r + 1.0f / 720;
+    p = p * r + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    const V scaled = (V)((I)p + ((I)shifted << 23));
+    return select<float>(v < -87.0f, V{}, scaled);
+}
+
+CACR_INLINE Vec<double> exp_nonpositive(Vec<double> v) {
+    typedef Vec<double> V;
+    typedef IntVec<double> I;
+    const double magic = 6755399441055744.0;
+    const V shifted = v * 1.44269504088896340736 + magic;
+    const V n = shifted - magic;
+    V r = v - n * 6.93147180369123816490e-01;
+    r = r - n * 1.90821492927058770002e-10;
+    V p = splat(1.0 / 6227020800.0);
+    double factorial_inverse[] = {1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0, 1.0 / 362880.0, 1.0 / 40320.0,
+                                  1.0 / 5040.0,      1.0 / 720.0,      1.0 / 120.0,     1.0 / 24.0,     1.0 / 6.0,
+                                  0.5,               1.0,              1.0};
+    for (double f : factorial_inverse) p = p * r + f;
+    const V scaled = (V)((I)p + ((I)shifted << 52));
+    return select<double>(v < -700.0, V{}, scaled);
+}
+
+// Natural logarithm of normal positive v (inf and NaN stay): v = 2^n m with m in [sqrt(1/2), sqrt(2)), log m = 2 atanh((m - 1) / (m + 1)).
+template <typename T>
+CACR_INLINE Vec<T> log_of_normal(Vec<T> v) {
+    typedef Vec<T> V;
+    typedef IntVec<T> I;
+    constexpr bool wide = sizeof(T) == 8;
+    constexpr int mantissa_bits = wide ? 52 : 23;
+    constexpr i64 sqrt_half = wide ? 0x3fe6a09e667f3bcdLL : 0x3f3504f3;
+    typedef decltype(I{}[0] + 0) Scalar;
+    const I n = ((I)v - (Scalar)sqrt_half) >> mantissa_bits;
+    const V m = (V)((I)v - (n << mantissa_bits));
+    const V s = (m - T(1)) / (m + T(1));
+    const V z = s * s;
+    constexpr int terms = wide ? 11 : 5;
+    V series = splat(T(1) / (2 * terms + 1));
+    unrolled<terms>([&](auto i) __attribute__((always_inline)) { series = series * z + T(1) / (2 * (terms - 1 - i) + 1); });
+    const V exponent = __builtin_convertvector(n, V);
+    const V tail = s * T(2) * series;
+    const V log = exponent * T(0.693145751953125) + (tail + exponent * T(1.428606820309417e-06));
+    return select<T>(v <= (wide ? T(__DBL_MAX__) : T(__FLT_MAX__)), log, v);
+}
+
+}  // namespace CACR_ISA
+}  // namespace cacr
