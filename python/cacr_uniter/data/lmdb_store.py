@@ -15,10 +15,22 @@ import lmdb
 from cacr_uniter.errors import UserError
 
 COMMIT_EVERY = 1000
+COMMIT_BYTES = 1 << 26
 FIRST_MAP_SIZE = 1 << 30
 
-_open_environments: dict[tuple[int, str], lmdb.Environment] = {}
-_open_lock = threading.Lock()
+_environments: dict[str, lmdb.Environment] = {}
+_environments_lock = threading.Lock()
+
+
+def _close_inherited() -> None:
+    """In a forked child: an LMDB environment must not be used across a fork, and blocks opening its folder anew."""
+    global _environments_lock
+    _environments_lock = threading.Lock()
+    while _environments:
+        _environments.popitem()[1].close()
+
+
+os.register_at_fork(after_in_child=_close_inherited)
 
 
 def read_json(path: Path, what: str) -> Any:
@@ -67,11 +79,11 @@ class Reader:
 
     def environment(self) -> lmdb.Environment:
         """The environment of this process and folder, opened if it is not yet."""
-        key = (os.getpid(), str(self.folder.resolve()))
-        with _open_lock:
-            if key not in _open_environments:
-                _open_environments[key] = self._open()
-            return _open_environments[key]
+        key = str(self.folder.resolve())
+        with _environments_lock:
+            if key not in _environments:
+                _environments[key] = self._open()
+            return _environments[key]
 
     def _open(self) -> lmdb.Environment:
         try:
@@ -114,8 +126,8 @@ class Reader:
 
     def close(self) -> None:
         """Closes this process's environment; a later read opens it again."""
-        with _open_lock:
-            environment = _open_environments.pop((os.getpid(), str(self.folder.resolve())), None)
+        with _environments_lock:
+            environment = _environments.pop(str(self.folder.resolve()), None)
         if environment is not None:
             environment.close()
 
@@ -123,7 +135,8 @@ class Reader:
 class Writer:
     """Writes an LMDB folder that appears under its name only when it is complete.
 
-    Records go to `<folder>.partial`, a thousand to a transaction; the map grows as needed. `finish` renames the folder.
+    Records go to `<folder>.partial`, at most a thousand or 64 MiB to a transaction; the map grows as needed. `finish`
+    renames the folder.
 
     Args:
         folder: the final folder; must not exist.
@@ -146,15 +159,17 @@ class Writer:
         except (OSError, lmdb.Error) as error:
             raise UserError(f"database {folder}: cannot be written ({error})") from error
         self._pending: list[tuple[bytes, bytes]] = []
+        self._pending_bytes = 0
 
     def _initial_size(self) -> int:
         data = self.partial / "data.mdb"
         return max(FIRST_MAP_SIZE, 2 * data.stat().st_size if data.exists() else 0)
 
     def put(self, key: str, value: bytes) -> None:
-        """Queues one record; the queue is committed when it holds a thousand."""
+        """Queues one record; a full queue is committed."""
         self._pending.append((key.encode("utf-8"), value))
-        if len(self._pending) >= COMMIT_EVERY:
+        self._pending_bytes += len(value)
+        if len(self._pending) >= COMMIT_EVERY or self._pending_bytes >= COMMIT_BYTES:
             self.commit()
 
     def get(self, key: str) -> bytes | None:
@@ -179,6 +194,7 @@ class Writer:
             except lmdb.Error as error:
                 raise UserError(f"database {self.folder}: cannot be written ({error}); is the disk full?") from error
         self._pending.clear()
+        self._pending_bytes = 0
 
     def finish(self) -> None:
         """Commits, closes, and gives the folder its final name."""
