@@ -14,6 +14,7 @@ from cacr_uniter.errors import UserError
 COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("doctor", "versions, GPUs, backends, and what to do about what is missing"),
     "data scenes": ("data_scenes", "write a scene data set: pictures, captions, features, Winoground-like test set"),
+    "train": ("train", "fine-tune UNITER, with or without congruence regularisation"),
     "eval winoground": ("eval_winoground", "text, image and group scores of a checkpoint or a score file"),
 }
 """Command to (module of `cacr_uniter.commands`, summary)."""

@@ -1,0 +1,122 @@
+"""`cacr eval winoground`: text, image and group scores of a model or of a score file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cacr_uniter.errors import UserError
+from cacr_uniter.evaluation.examples import Example, breakdowns, read_difficulty, read_examples
+from cacr_uniter.evaluation.winoground import METRICS, Scores, read_scores, summary, write_scores
+
+
+def main(argv: list[str]) -> int:
+    args = _parser().parse_args(argv)
+    if (args.scores is None) == (args.checkpoint is None):
+        raise UserError("give either --scores FILE or --checkpoint with --data")
+    ids, scores, examples = _from_file(args) if args.scores else _from_model(args)
+    if args.write_scores:
+        write_scores(args.write_scores, ids, scores)
+    difficulty = read_difficulty(args.difficulty) if args.difficulty else None
+    if difficulty is not None and not examples:
+        examples = [Example(key, ("", ""), ("", "")) for key in ids]
+    report = summary(scores, breakdowns(examples, difficulty) if examples else None)
+    if args.json:
+        print(json.dumps(report, indent=1))
+    else:
+        show(report, args.breakdown)
+    return 0
+
+
+def _from_file(args: argparse.Namespace) -> tuple[list[str], Scores, list[Example]]:
+    found = read_scores(args.scores)
+    examples = read_examples(args.examples) if args.examples else []
+    ids = [example.id for example in examples] or sorted(found, key=lambda key: (len(key), key))
+    absent = [key for key in ids if key not in found]
+    surplus = len(found) + len(absent) - len(ids)
+    if absent or surplus:
+        what = f"has no scores of example {absent[0]!r}" if absent else f"has {surplus} examples more"
+        raise UserError(f"score file {args.scores} {what} than {args.examples}: the two must belong together")
+    return ids, np.stack([found[key] for key in ids]), examples
+
+
+def _from_model(args: argparse.Namespace) -> tuple[list[str], Scores, list[Example]]:
+    from cacr_uniter.commands.progress import bars
+    from cacr_uniter.data.dataset import RetrievalDataset
+    from cacr_uniter.data.image_db import ImageDB
+    from cacr_uniter.data.text_db import TextDB
+    from cacr_uniter.evaluation.scoring import load_model, pick_device, score_examples
+
+    if args.data is None and None in (args.examples, args.text, args.images):
+        raise UserError("--checkpoint needs --data DIR of a scene set, or --examples, --text and --images")
+    root = args.data
+    examples = read_examples(args.examples or root / "winoground.json")
+    text_db = TextDB(args.text or root / "txt" / "winoground.db")
+    dataset = RetrievalDataset(text_db, ImageDB(args.images or root / "img"))
+    vocab_size = int(text_db.meta["v_range"][1])
+    device = pick_device(args.device)
+    model = load_model(args.checkpoint, args.model_size, vocab_size, dataset.feature_dim, device)
+    with bars() as progress:
+        scores = score_examples(
+            model, dataset, examples, args.head, args.batch_size, lambda done, total: progress("pairs", done, total)
+        )
+    return [example.id for example in examples], scores, examples
+
+
+def show(report: dict[str, Any], wanted: Sequence[str] = ()) -> None:
+    """Prints a report as tables: all examples beside chance, then the breakdowns (`wanted` ones only, if any)."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(title=f"Winoground, {report['n']} examples, percent right", title_justify="left")
+    for column in ("", *METRICS, "pairwise text", "pairwise image", "matching"):
+        table.add_column(column, justify="left" if not column else "right", no_wrap=True)
+    table.add_row("model", *_cells(report))
+    table.add_row("chance", *(f"{report['chance'][m]:.2f}" for m in METRICS), "50.00", "50.00", "50.00")
+    console.print(table)
+    for name, values in report["breakdowns"].items():
+        if wanted and name.split()[0] not in wanted:
+            continue
+        part = Table(title=f"by {name}", title_justify="left")
+        for column in ("", "n", *METRICS):
+            part.add_column(column, justify="left" if not column else "right", no_wrap=True)
+        for value, numbers in values.items():
+            part.add_row(value, str(numbers["n"]), *_cells(numbers)[:3])
+        console.print(part)
+    console.print("In brackets: 95 % interval, bootstrap over examples. Ties are wrong.")
+
+
+def _cells(numbers: dict[str, Any]) -> list[str]:
+    rated = [numbers[m] for m in METRICS]
+    cells = [f"{r['score']:.2f} [{r['ci95'][0]:.1f}, {r['ci95'][1]:.1f}]" for r in rated]
+    return cells + [f"{numbers[name]:.2f}" for name in ("pairwise_text", "pairwise_image", "matching")]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="cacr eval winoground",
+        description="Which of two captions and two images with the same words belong together: text, image and group "
+        "scores with strict inequalities, from a model or from a score file.",
+    )
+    add = parser.add_argument
+    add("--scores", type=Path, help='file of lines {"label": "<id>_c<k>_i<j>", "score": x}')
+    add("--checkpoint", type=Path, help="folder of a training run or checkpoint, or a local weights file")
+    add("--data", type=Path, help="scene set with winoground.json, txt/winoground.db and img")
+    add("--examples", type=Path, help="examples with tags: winoground.json, examples.jsonl or .parquet")
+    add("--text", type=Path, help="text database of the captions (instead of --data)")
+    add("--images", type=Path, help="image database of the region features (instead of --data)")
+    add("--difficulty", type=Path, help='difficulty tags, {"id": ["tag", ...]}')
+    add("--head", choices=("rank", "itm"), default="rank", help="head that scores a pair (default: rank)")
+    add("--model-size", help="for a weights file: base (default), large or a configuration JSON")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    add("--batch-size", type=int, default=256, help="pairs scored at once (default: 256)")
+    add("--write-scores", type=Path, metavar="FILE", help="also write the scores as such a file")
+    add("--breakdown", nargs="*", default=(), metavar="NAME", help="tables shown: split, tag, collapsed_tag, ...")
+    add("--json", action="store_true", help="print everything as JSON")
+    return parser
