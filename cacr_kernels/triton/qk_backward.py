@@ -39,7 +39,7 @@ def row_weight(grad, s_gb, s_gh, i_b, i_h, n, ROW_MEAN: tl.constexpr):
     return weight
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["s_gb", "s_gh", "spans", "n_tokens", "heads", "group", "tiles_text"])
 def qk_columns_kernel(
     q,
     k,
@@ -156,7 +156,7 @@ def gradient_dot(b_grad, b_operand, acc, WIDE: tl.constexpr, PRECISION: tl.const
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["s_gb", "s_gh", "spans", "n_tokens", "heads", "group", "tiles_text"])
 def qk_rows_kernel(
     q,
     k,

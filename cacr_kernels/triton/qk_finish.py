@@ -13,7 +13,7 @@ import triton.language as tl
 from .qk_tiles import open_head, open_rows, rows_times_matrix
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["spans", "n_tokens", "heads", "group"])
 def qk_finish_q_kernel(
     k,  # Block [B, Hk, N, D]
     du,  # float32 [B, H, N, D]
@@ -63,7 +63,7 @@ def qk_finish_q_kernel(
     tl.store(out + o_md, acc.to(out.dtype.element_ty), mask=(o_m < n_tokens)[:, None] & (o_e < D)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["spans", "n_tokens", "key_heads", "group"])
 def qk_finish_k_kernel(
     q,  # Block [B, H, N, D]
     k,  # Block [B, Hk, N, D]

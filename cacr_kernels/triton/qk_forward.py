@@ -47,7 +47,7 @@ def online_update(
     return m_x_new, l_x, a_x, m_y_new, l_y, a_y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["spans", "n_tokens", "heads", "group", "tiles_text"])
 def qk_forward_kernel(
     q,  # Block [B, H, N, D]
     k,  # Block [B, Hk, N, D]
@@ -128,7 +128,7 @@ def qk_forward_kernel(
     tl.store(o_stats + 5 * rows, a_y / l_y * 0.6931471805599453, mask=mask_m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["spans", "heads"])
 def qk_loss_kernel(
     stats,  # float32 [B, H, 8, n_text + n_vision]
     loss,  # float32 [B, H]

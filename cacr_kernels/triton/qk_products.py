@@ -17,7 +17,7 @@ import triton.language as tl
 from .qk_tiles import open_head, open_rows, operand, rows_times_matrix
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["spans", "s_chunk", "heads", "group", "chunks", "chunk_tokens", "first_block"])
 def qk_gram_kernel(
     x,  # Block [B, Hx, N, D]
     y,  # Block [B, H, N, D]
@@ -80,7 +80,7 @@ def qk_gram_kernel(
         tl.store(out + D * D + o_out, acc_square, mask=mask_out)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["spans", "heads", "first_block"])
 def qk_mix_kernel(
     products,  # float32 [B, H, 2, 3, D, D]: C_b, W_b and, written here, M_a = alpha C_b W_b
     spans,  # SpanArgs
@@ -116,7 +116,7 @@ def projection_factor(alpha, n_inner, MEAN: tl.constexpr):
     return alpha
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["spans", "n_tokens", "heads", "tiles_text"])
 def qk_project_kernel(
     q,  # Block [B, H, N, D]
     products,  # float32 [B, H, 2, 3, D, D]
@@ -170,7 +170,7 @@ def qk_project_kernel(
         tl.store(u_lo + o_u, (b_u - b_hi.to(tl.float32)).to(u_lo.dtype.element_ty), mask=mask_u)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["spans", "heads", "first_block"])
 def qk_chain_kernel(
     products,  # float32 [B, H, 2, 3, D, D]: C, W, M
     grad_m,  # float32 [B, H, 2, D, D]: dM_a, stored with side a

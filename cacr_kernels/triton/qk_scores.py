@@ -26,11 +26,10 @@ class QKProblem:
         self.key_heads = k.shape[1]
         self.group = self.heads // max(self.key_heads, 1)
         self.block_d = block_d(self.d)
-        self.interpreted = not q.is_cuda
-        self.arch = 0 if self.interpreted else _capability(q.device)
+        self.arch = architecture(q.device)
         self.pair = q.dtype != torch.float32
         self.scaled = q.dtype == torch.float16
-        self.upcast = self.interpreted and q.dtype == torch.bfloat16
+        self.upcast = self.arch == 0 and q.dtype == torch.bfloat16
         self.alpha = options.projection_scale * scale**3
         self.grad_x = options.stop_gradient != "projection"
         self.grad_y = options.stop_gradient != "target"
@@ -53,7 +52,10 @@ class QKProblem:
         return self.q.new_empty(shape, dtype=torch.float32)
 
 
-def _capability(device: torch.device) -> int:
+def architecture(device: torch.device) -> int:
+    """10 * major + minor of the compute capability; 0 off the GPU, where kernels are interpreted."""
+    if device.type != "cuda":
+        return 0
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
