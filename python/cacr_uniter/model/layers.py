@@ -93,10 +93,10 @@ class SelfAttention(nn.Module):
         """[B, S, H] -> [B, A, S, d], a view."""
         return states.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
 
-    def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        """hidden [B, S, H], mask bool [B, 1, 1, S] (True: attend) -> [B, S, H]."""
+    def forward(self, hidden: Tensor, mask: Tensor, rows: int | None = None) -> Tensor:
+        """hidden [B, S, H], mask bool [B, 1, 1, S] (True: attend) -> [B, rows, H], its first rows (default: all S)."""
         context = F.scaled_dot_product_attention(
-            self.split_heads(self.query(hidden)),
+            self.split_heads(self.query(hidden[:, :rows])),
             self.split_heads(self.key(hidden)),
             self.split_heads(self.value(hidden)),
             attn_mask=mask,
@@ -126,8 +126,8 @@ class Attention(nn.Module):
         self.self = SelfAttention(config)
         self.output = ResidualOutput(config.hidden_size, config)
 
-    def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        return self.output(self.self(hidden, mask), hidden)
+    def forward(self, hidden: Tensor, mask: Tensor, rows: int | None = None) -> Tensor:
+        return self.output(self.self(hidden, mask, rows), hidden[:, :rows])
 
 
 class Intermediate(nn.Module):
@@ -142,7 +142,10 @@ class Intermediate(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """One post-LN transformer layer: x1 as in `Attention`, x2 = LN(x1 + Drop(W_2 GELU(W_1 x1)))."""
+    """One post-LN transformer layer: x1 as in `Attention`, x2 = LN(x1 + Drop(W_2 GELU(W_1 x1))).
+
+    With `rows` only the first rows of the result are computed: the last layer's are read at [CLS] alone.
+    """
 
     def __init__(self, config: UniterConfig) -> None:
         super().__init__()
@@ -150,8 +153,8 @@ class EncoderLayer(nn.Module):
         self.intermediate = Intermediate(config)
         self.output = ResidualOutput(config.intermediate_size, config)
 
-    def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        attended = self.attention(hidden, mask)
+    def forward(self, hidden: Tensor, mask: Tensor, rows: int | None = None) -> Tensor:
+        attended = self.attention(hidden, mask, rows)
         return self.output(self.intermediate(attended), attended)
 
 

@@ -65,6 +65,8 @@ class UniterModel(nn.Module):
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Returns the pooled vector [B, H] and the input of the last layer [B, S, H].
 
+        Of the last layer's output only [CLS] is computed, which is all that the pooler reads.
+
         Embeddings and layers below `frozen_layers` run without autograd, so none of their activations are kept.
         """
         mask = torch.cat([batch.text_mask, batch.region_mask], dim=1)[:, None, None, :]
@@ -74,11 +76,12 @@ class UniterModel(nn.Module):
         last_input = hidden
         for index, layer in enumerate(self.encoder.layer):
             last_input = hidden
+            rows = 1 if layer is self.encoder.last else None
             with torch.set_grad_enabled(learn and index >= self.frozen_layers):
                 if self.checkpoint_activations and self.training and torch.is_grad_enabled():
-                    hidden = checkpoint(layer, hidden, mask, use_reentrant=False)
+                    hidden = checkpoint(layer, hidden, mask, rows, use_reentrant=False)
                 else:
-                    hidden = layer(hidden, mask)
+                    hidden = layer(hidden, mask, rows)
         return self.pooler(hidden), last_input
 
 
