@@ -387,6 +387,17 @@ def test_readers_open_anew_in_every_process(start: ForkContext | SpawnContext, t
     assert float(database.read("im_1.npz").features.sum()) == expected
 
 
+def test_the_cache_keeps_to_its_budget(tmp_path: Path) -> None:
+    published_folder(tmp_path / RULE_FOLDER, {f"{index}.npz": packed(image(index)) for index in range(5)})
+    one = 10 * (8 + 7) * 4
+    database = ImageDB(tmp_path, cache_bytes=2 * one + 1)
+    first = [database.read(f"{index}.npz").features for index in range(5)]
+    again = [database.read(f"{index}.npz").features for index in range(5)]
+    assert [a is b for a, b in zip(first, again, strict=True)] == [True, True, False, False, False]
+    assert all(a.equal(b) for a, b in zip(first, again, strict=True))
+    assert len(pickle.dumps(database)) < one
+
+
 def test_two_readers_of_one_folder(tmp_path: Path) -> None:
     published_folder(tmp_path / RULE_FOLDER, {"a.npz": packed(image(0))})
     first, second = ImageDB(tmp_path), ImageDB(tmp_path)

@@ -109,21 +109,22 @@ def collate(
     size = len(texts)
     width = max((len(text) for text in texts), default=0) + 2
     regions = max((len(boxes) for _, boxes in images), default=0)
-    batch = Batch(
-        input_ids=torch.zeros(size, width, dtype=torch.int64),
-        text_mask=torch.zeros(size, width, dtype=torch.bool),
-        features=torch.zeros(size, regions, img_dim),
-        boxes=torch.zeros(size, regions, 7),
-        region_mask=torch.zeros(size, regions, dtype=torch.bool),
-        n_text=torch.tensor([len(text) for text in texts], dtype=torch.int32),
-        n_regions=torch.tensor([len(boxes) for _, boxes in images], dtype=torch.int32),
-    )
-    for row, (text, (features, boxes)) in enumerate(zip(texts, images, strict=True)):
+    ids = [[cls, *text, sep, *(0,) * (width - 2 - len(text))] for text in texts]
+    n_text = torch.tensor([len(text) for text in texts], dtype=torch.int32)
+    n_regions = torch.tensor([len(boxes) for _, boxes in images], dtype=torch.int32)
+    padded_features = torch.zeros(size, regions, img_dim)
+    padded_boxes = torch.zeros(size, regions, 7)
+    for row, (features, boxes) in enumerate(images):
         if features.shape != (len(boxes), img_dim):
             raise ValueError(f"images[{row}]: expected features [{len(boxes)}, {img_dim}], got {list(features.shape)}")
-        batch.input_ids[row, : len(text) + 2] = torch.tensor([cls, *text, sep])
-        batch.text_mask[row, : len(text) + 2] = True
-        batch.features[row, : len(boxes)] = features
-        batch.boxes[row, : len(boxes)] = boxes
-        batch.region_mask[row, : len(boxes)] = True
-    return batch
+        padded_features[row, : len(boxes)] = features
+        padded_boxes[row, : len(boxes)] = boxes
+    return Batch(
+        input_ids=torch.tensor(ids, dtype=torch.int64).view(size, width),
+        text_mask=torch.arange(width) < n_text[:, None] + 2,
+        features=padded_features,
+        boxes=padded_boxes,
+        region_mask=torch.arange(regions) < n_regions[:, None],
+        n_text=n_text,
+        n_regions=n_regions,
+    )

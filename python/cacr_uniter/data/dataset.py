@@ -53,6 +53,7 @@ class RetrievalDataset:
             self.txt2img[caption_id] = image
             self.img2txts.setdefault(image, []).append(caption_id)
         self.image_names = list(self.img2txts)
+        self._texts: dict[str, list[int]] = {}
         absent = [name for name in self.image_names if name not in image_db]
         if absent:
             raise UserError(
@@ -80,8 +81,7 @@ class RetrievalDataset:
         Raises:
             UserError: an unknown id or name, or a damaged record.
         """
-        texts: dict[str, list[int]] = {}
-        regions: dict[str, Regions] = {}
+        texts, regions = self._texts, dict[str, Regions]()
         for caption_id, image in pairs:
             if caption_id not in texts:
                 texts[caption_id] = self.text_db.caption(caption_id).input_ids

@@ -7,7 +7,6 @@ the record `__keys__` is the JSON list of names. The box counts lie beside the f
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from cacr_uniter.data import codec
+from cacr_uniter.data.box_rule import BoxRule
 from cacr_uniter.data.lmdb_store import Reader, Writer, read_json, write_json
 from cacr_uniter.errors import UserError
 
@@ -37,42 +37,6 @@ class Regions(NamedTuple):
     boxes: Tensor
 
 
-@dataclasses.dataclass(frozen=True)
-class BoxRule:
-    """How many of an image's regions, sorted by falling confidence, are used.
-
-    min(max_boxes, max(min_boxes, number of regions with confidence > threshold)), or `fixed` regions of every image.
-    """
-
-    threshold: float = 0.2
-    max_boxes: int = 100
-    min_boxes: int = 10
-    fixed: int | None = None
-
-    @property
-    def folder(self) -> str:
-        """Name of the database folder made by this rule."""
-        return f"feat_numbb{self.fixed}" if self.fixed is not None else f"feat_{self._name}"
-
-    @property
-    def counts_file(self) -> str | None:
-        """Name of the JSON file of box counts beside the folder; none for a fixed number."""
-        return None if self.fixed is not None else f"nbb_{self._name}.json"
-
-    @property
-    def _name(self) -> str:
-        return f"th{self.threshold}_max{self.max_boxes}_min{self.min_boxes}"
-
-    def count(self, confidence: np.ndarray | None, size: int) -> int:
-        """Number of regions used of `size`; without confidences only `fixed` or `max_boxes` limits it."""
-        if self.fixed is not None:
-            return min(self.fixed, size)
-        if confidence is None:
-            return min(self.max_boxes, size)
-        confident = int((np.asarray(confidence).reshape(-1) > self.threshold).sum())
-        return min(self.max_boxes, max(self.min_boxes, confident), size)
-
-
 class ImageDB:
     """Reader of an image database.
 
@@ -80,17 +44,23 @@ class ImageDB:
         folder: the database folder itself, or the folder that holds `feat_...` or `all`; then `rule` chooses, first the
             plain folder, then the compressed one, then `all`, whose records hold every region and are cut on reading.
         rule: how many regions are used.
+        cache_bytes: decoded regions are kept in memory, first come, until they fill this many bytes; not pickled.
 
     Raises:
         UserError: no such database, or its files are damaged.
     """
 
-    def __init__(self, folder: str | Path, rule: BoxRule | None = None) -> None:
+    def __init__(self, folder: str | Path, rule: BoxRule | None = None, cache_bytes: int = 1 << 28) -> None:
         self.rule = rule or BoxRule()
         self.folder = self._find(Path(folder))
         self._reader = Reader(self.folder)
         self._counts = self._read_counts()
         self._feature_dim: int | None = None
+        self._cache: dict[str, Regions] = {}
+        self._cache_bytes = self._cache_free = cache_bytes
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cache": {}, "_cache_free": self._cache_bytes}
 
     def _find(self, root: Path) -> Path:
         if (root / "data.mdb").is_file():
@@ -172,16 +142,23 @@ class ImageDB:
         return self._used(name, self.record(name))
 
     def read(self, name: str) -> Regions:
-        """Features and 7-number boxes of one image, most confident regions first.
+        """Features and 7-number boxes of one image, most confident regions first; not to be changed by the caller.
 
         Raises:
             UserError: no such image, or its record is damaged.
         """
+        if name in self._cache:
+            return self._cache[name]
         arrays = self.record(name)
         used = self._used(name, arrays)
         features = torch.from_numpy(arrays["features"][:used].astype(np.float32))
         box = torch.from_numpy(arrays["norm_bb"][:used].astype(np.float32))
-        return Regions(features, torch.cat([box, box[:, 4:5] * box[:, 5:6]], dim=1))
+        regions = Regions(features, torch.cat([box, box[:, 4:5] * box[:, 5:6]], dim=1))
+        size = sum(tensor.numel() * tensor.element_size() for tensor in regions)
+        if size <= self._cache_free:
+            self._cache_free -= size
+            self._cache[name] = regions
+        return regions
 
     @property
     def feature_dim(self) -> int:

@@ -1,6 +1,7 @@
 """Readers and writers of the published LMDB databases, under one name."""
 
-from cacr_uniter.data.image_db import BoxRule, ImageDB, ImageDBWriter, Regions
+from cacr_uniter.data.box_rule import BoxRule
+from cacr_uniter.data.image_db import ImageDB, ImageDBWriter, Regions
 from cacr_uniter.data.text_db import Caption, TextDB, TextDBWriter
 
 __all__ = ["BoxRule", "Caption", "ImageDB", "ImageDBWriter", "Regions", "TextDB", "TextDBWriter"]

@@ -74,16 +74,16 @@ class Reader:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._key = str(folder.resolve())
         if not (folder / "data.mdb").is_file():
             raise UserError(f"database {folder}: no data.mdb there; give the folder of an LMDB database")
 
     def environment(self) -> lmdb.Environment:
         """The environment of this process and folder, opened if it is not yet."""
-        key = str(self.folder.resolve())
         with _environments_lock:
-            if key not in _environments:
-                _environments[key] = self._open()
-            return _environments[key]
+            if self._key not in _environments:
+                _environments[self._key] = self._open()
+            return _environments[self._key]
 
     def _open(self) -> lmdb.Environment:
         try:
@@ -127,7 +127,7 @@ class Reader:
     def close(self) -> None:
         """Closes this process's environment; a later read opens it again."""
         with _environments_lock:
-            environment = _environments.pop(str(self.folder.resolve()), None)
+            environment = _environments.pop(self._key, None)
         if environment is not None:
             environment.close()
 

@@ -1,0 +1,43 @@
+"""How many regions of an image are used, and the folder names that say so."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class BoxRule:
+    """How many of an image's regions, sorted by falling confidence, are used.
+
+    min(max_boxes, max(min_boxes, number of regions with confidence > threshold)), or `fixed` regions of every image.
+    """
+
+    threshold: float = 0.2
+    max_boxes: int = 100
+    min_boxes: int = 10
+    fixed: int | None = None
+
+    @property
+    def folder(self) -> str:
+        """Name of the database folder made by this rule."""
+        return f"feat_numbb{self.fixed}" if self.fixed is not None else f"feat_{self._name}"
+
+    @property
+    def counts_file(self) -> str | None:
+        """Name of the JSON file of box counts beside the folder; none for a fixed number."""
+        return None if self.fixed is not None else f"nbb_{self._name}.json"
+
+    @property
+    def _name(self) -> str:
+        return f"th{self.threshold}_max{self.max_boxes}_min{self.min_boxes}"
+
+    def count(self, confidence: np.ndarray | None, size: int) -> int:
+        """Number of regions used of `size`; without confidences only `fixed` or `max_boxes` limits it."""
+        if self.fixed is not None:
+            return min(self.fixed, size)
+        if confidence is None:
+            return min(self.max_boxes, size)
+        confident = int((np.asarray(confidence).reshape(-1) > self.threshold).sum())
+        return min(self.max_boxes, max(self.min_boxes, confident), size)
