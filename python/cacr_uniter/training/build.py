@@ -11,6 +11,8 @@ from accelerate.state import AcceleratorState
 
 from cacr_uniter.errors import UserError
 from cacr_uniter.model import UniterConfig, UniterForRetrieval
+from cacr_uniter.model.checkpoint import LoadReport, load_checkpoint
+from cacr_uniter.training.checkpoint import MODEL, SIZES, newest
 from cacr_uniter.training.config import ModelConfig, RunConfig
 from cacr_uniter.training.sizes import parse_size, show_size
 
@@ -64,19 +66,38 @@ def limit_memory(device: torch.device, limit: int) -> None:
     torch.cuda.set_per_process_memory_fraction(limit / total, device)
 
 
-def model_config(config: ModelConfig, vocab_size: int, img_dim: int, sizes: UniterConfig | None = None) -> UniterConfig:
-    """Sizes of the model: ``size``, then what the data says, then the fields that are set.
+def starting_point(path: str | Path) -> tuple[Path, UniterConfig | None]:
+    """Weights file of ``model.checkpoint`` and, where it tells, the sizes: a file, a checkpoint's or a run's folder.
+
+    Raises:
+        UserError: nothing is there.
+    """
+    path = Path(path)
+    folder = path if (path / SIZES).is_file() else newest(path / "checkpoints")
+    if folder is not None:
+        return folder / MODEL, UniterConfig.from_json(folder / SIZES)
+    if path.is_dir():
+        raise UserError(f"model.checkpoint {path} holds no checkpoint: give a run's folder or a weights file")
+    return path, None
+
+
+def model_config(config: ModelConfig, vocab_size: int, img_dim: int) -> UniterConfig:
+    """Sizes of the model: those of ``checkpoint`` or ``size``, the data's vocabulary and features, the fields set.
 
     Args:
-        vocab_size, img_dim: of the data.
-        sizes: of the checkpoint, where it tells; they replace ``size`` and the data's.
+        vocab_size, img_dim: of the data; a checkpoint's must cover them.
+
+    Raises:
+        UserError: sizes that do not fit.
     """
+    sizes = None if config.checkpoint is None else starting_point(config.checkpoint)[1]
     if sizes is None:
         if config.size in ("base", "large"):
             sizes = UniterConfig.base() if config.size == "base" else UniterConfig.large()
         else:
             sizes = UniterConfig.from_json(config.size)
-        sizes = dataclasses.replace(sizes, vocab_size=vocab_size, img_dim=img_dim)
+        if config.checkpoint is None:
+            sizes = dataclasses.replace(sizes, vocab_size=vocab_size, img_dim=img_dim)
     given = {name: getattr(config, name) for name in SIZE_FIELDS if getattr(config, name) is not None}
     try:
         made = dataclasses.replace(sizes, **given)
@@ -92,19 +113,15 @@ def model_config(config: ModelConfig, vocab_size: int, img_dim: int, sizes: Unit
     return made
 
 
-def build_model(config: ModelConfig, sizes: UniterConfig, seed: int) -> UniterForRetrieval:
-    """A model with random weights of ``seed``, dropout and frozen layers set."""
+def build_model(config: ModelConfig, sizes: UniterConfig, seed: int) -> tuple[UniterForRetrieval, LoadReport | None]:
+    """A model with the weights of ``checkpoint``, or random ones of ``seed``; dropout and frozen layers are set."""
     torch.manual_seed(seed)
     model = UniterForRetrieval(sizes)
+    report = None if config.checkpoint is None else load_checkpoint(model, starting_point(config.checkpoint)[0])
     model.set_dropout(config.dropout)
     try:
         model.freeze_layers(config.freeze_layers)
     except ValueError as error:
         raise UserError(f"model.freeze_layers: {error}") from error
     model.checkpoint_activations(config.activation_checkpointing)
-    return model
-
-
-def is_run_checkpoint(path: str | Path) -> bool:
-    """Whether a path is a folder written by a training run."""
-    return (Path(path) / "uniter.json").is_file()
+    return model, report

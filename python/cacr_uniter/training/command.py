@@ -70,9 +70,9 @@ def _parse(argv: Sequence[str]) -> dict[str, Any]:
         values = parser.parse_args(_expand_presets(argv))
         return dict(parser.instantiate(values))
     except ArgumentError as error:
-        raise UserError(f"cacr train: {' '.join(str(error).split())}") from error
+        raise UserError(f"{' '.join(str(error).split())}") from error
     except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"cacr train: a configuration file cannot be read: {' '.join(str(error).split())}") from error
+        raise UserError(f"a configuration file cannot be read: {' '.join(str(error).split())}") from error
 
 
 def _config(values: dict[str, Any]) -> TrainConfig:
@@ -89,21 +89,15 @@ def load_config(preset: str | None = None, arguments: Sequence[str] = ()) -> Tra
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """``cacr train ...``: 0 when the run is finished or was stopped by a signal with its checkpoint written, 2 for an
-    expected problem, with one sentence on standard error.
-    """
-    try:
-        values = _parse(sys.argv[1:] if argv is None else argv)
-        from cacr_uniter.training.trainer import train
+    """``cacr train ...``. Returns 0 when the run is finished, or was stopped by a signal with its checkpoint written.
 
-        result = train(_config(values), progress=values["progress"])
-    except UserError as error:
-        print(f"cacr train: {str(error).removeprefix('cacr train: ')}", file=sys.stderr)
-        return 2
+    Raises:
+        UserError: an expected problem, in one or two sentences.
+    """
+    values = _parse(sys.argv[1:] if argv is None else argv)
+    from cacr_uniter.training.trainer import train
+
+    result = train(_config(values), progress=values["progress"])
     state = "finished" if result.finished else "stopped; the same command continues"
     print(f"{state} after {result.step} steps, {result.seconds:.0f} s: {result.checkpoint_path}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,8 +1,6 @@
-"""AdamW with the published parameter groups, and the gradient of several processes."""
+"""AdamW with the published parameter groups, and the gradient as one tensor."""
 
 from __future__ import annotations
-
-from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
@@ -43,31 +41,31 @@ def build_optimizer(parameters: dict[str, nn.Parameter], config: OptimConfig) ->
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
-#: floats per all-reduce: 64 MiB
-BUCKET = 16 * 2**20
+class FlatGradients:
+    """The gradients of all trained parameters in one buffer: cleared, summed over processes and clipped as one tensor.
 
-
-def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Adds the gradients of all processes, in flat buckets, after the last backward of a step.
-
-    Every process holds a gradient for the same parameters; one that a process did not reach counts as 0.
+    Args:
+        parameters: their ``grad`` becomes a view of the buffer, into which autograd adds.
     """
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return
-    bucket: list[Tensor] = []
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        bucket.append(parameter.grad)
-        if sum(x.numel() for x in bucket) >= BUCKET:
-            _reduce(bucket)
-            bucket = []
-    if bucket:
-        _reduce(bucket)
 
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        first = parameters[0]
+        self.buffer = torch.zeros(sum(p.numel() for p in parameters), dtype=first.dtype, device=first.device)
+        for parameter, part in zip(parameters, self.buffer.split([p.numel() for p in parameters]), strict=True):
+            parameter.grad = part.view_as(parameter)
 
-def _reduce(gradients: list[Tensor]) -> None:
-    flat = torch.cat([x.flatten() for x in gradients])
-    dist.all_reduce(flat)
-    for gradient, part in zip(gradients, flat.split([x.numel() for x in gradients]), strict=True):
-        gradient.copy_(part.view_as(gradient))
+    def clear(self) -> None:
+        """Sets every gradient to 0."""
+        self.buffer.zero_()
+
+    def sum_processes(self) -> None:
+        """Adds the gradients of all processes."""
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(self.buffer)
+
+    def clip(self, limit: float) -> float:
+        """Scales the whole gradient to an L2 norm of at most ``limit`` (0: no limit). Returns the norm before."""
+        norm = float(torch.linalg.vector_norm(self.buffer))
+        if limit and norm > limit:
+            self.buffer.mul_(limit / norm)
+        return norm

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,7 +14,7 @@ from cacr_uniter.data.batch import Batch
 from cacr_uniter.model import UniterForRetrieval
 from cacr_uniter.training.config import Half, TrainConfig
 from cacr_uniter.training.losses import AuxiliaryLoss, matching_loss
-from cacr_uniter.training.optim import sum_gradients
+from cacr_uniter.training.optim import FlatGradients
 from cacr_uniter.training.sampling import Group, Sampler, dropout_seed
 from cacr_uniter.training.schedule import auxiliary_weight, learning_rate
 from cacr_uniter.training.source import PairSource, ahead
@@ -64,7 +63,8 @@ class Stepper:
         source: PairSource,
         accelerator: Accelerator,
     ) -> None:
-        self.model, self.parameters, self.optimizer = model, parameters, optimizer
+        self.model, self.optimizer = model, optimizer
+        self.gradients = FlatGradients(parameters)
         self.config, self.source, self.accelerator = config, source, accelerator
         self.hard = config.batch.mining == "hard" and config.batch.pool > config.batch.negatives
         draws = config.batch.pool if self.hard else config.batch.negatives
@@ -97,7 +97,7 @@ class Stepper:
         optim = self.config.optim
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step + 1, optim.lr, optim.steps, optim.warmup, optim.decay)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.gradients.clear()
         self.model.train()
 
     def backward(self, portion: Portion) -> Tensor:
@@ -130,9 +130,9 @@ class Stepper:
 
     def gather(self) -> float:
         """Sums gradients over processes and clips them. Returns their norm before clipping."""
-        sum_gradients(self.parameters)
-        norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.optim.clip or math.inf)
-        return float(norm)
+        self.gradients.sum_processes()
+        self.accelerator.unscale_gradients()
+        return self.gradients.clip(self.config.optim.clip)
 
     def update(self) -> None:
         """The optimizer's update (fp16: skipped, and the loss scale halved, when a gradient overflowed)."""

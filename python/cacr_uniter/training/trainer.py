@@ -94,7 +94,8 @@ def train_on(
     started = time.monotonic()
     out = Path(config.run.out)
     resumed = _open_folder(config, out, accelerator)
-    model = build_model(config.model, model_config(config.model, vocab_size, source.img_dim), config.run.seed)
+    sizes = model_config(config.model, vocab_size, source.img_dim)
+    model, loaded = build_model(config.model, sizes, config.run.seed)
     model.to(accelerator.device)
     parameters = trained_parameters(model)
     optimizer = build_optimizer(parameters, config.optim)
@@ -111,6 +112,8 @@ def train_on(
     log = RunLog(out, start, config.run.tensorboard, main)
     try:
         with Display(config.optim.steps, start, progress and main) as display:
+            if loaded is not None and resumed is None:
+                display.say(str(loaded))
             done = Loop(config, stepper, optimizer, log, display, validation, evaluate, extra).run(start)
     finally:
         log.close()
