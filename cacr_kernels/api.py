@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .arguments import (
@@ -219,10 +220,12 @@ def _run(
     chosen = choose(backend, variant, x.device.type, x.device.index, x.dtype)
     if chosen != "reference":
         loss = congruence(variant, inputs, spans, options, chosen, scale)
-    elif variant == "qk":
-        loss = qk_reference(inputs, spans, options, scale)
     else:
-        loss = scores_reference(inputs, spans, options, accumulation_dtype(x.dtype))
+        with torch.autocast(x.device.type, enabled=False):
+            if variant == "qk":
+                loss = qk_reference(inputs, spans, options, scale)
+            else:
+                loss = scores_reference(inputs, spans, options, accumulation_dtype(x.dtype))
     return reduce_loss(loss, reduction, dims)
 
 

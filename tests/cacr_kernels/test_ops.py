@@ -47,12 +47,12 @@ def test_without_gradient_nothing_is_saved(kernel, device):
 @pytest.mark.parametrize("kind", ["scores", "softmax", "probs"])
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_gradcheck(backend, kind):
-    attn = make_scores(3, 4, batch=2, heads=2, std=0.5, dtype=torch.float64)
+    attn = make_scores(2, 3, batch=2, std=0.5, dtype=torch.float64)
     if kind == "probs":
         attn = attn.exp()
     attn.requires_grad_()
-    ragged = {"n_text": torch.tensor([2, 3]), "n_vision": torch.tensor([4, 3]), "vision_start": 3}
-    for spans in ({"n_text": 3}, ragged):
+    ragged = {"n_text": torch.tensor([1, 2]), "n_vision": torch.tensor([3, 2]), "vision_start": 2}
+    for spans in ({"n_text": 2}, ragged):
         for options in ({}, {"sides": "text", "row_reduction": "mean"}, {"projection_scale": "mean"}):
             assert torch.autograd.gradcheck(
                 lambda x, s=spans, o=options: fused_cacr(x, **s, **o, kind=kind, backend=backend, reduction="none"),
@@ -124,8 +124,12 @@ def test_deterministic(backend, device):
 def test_autocast_changes_nothing(backend, device):
     attn = make_scores(5, 7, device=device)
     expected, (expected_gradient,) = loss_and_gradients(lambda x: fused_cacr(x, 5, backend=backend), attn)
-    with torch.autocast(device, dtype=torch.bfloat16):
-        loss, (gradient,) = loss_and_gradients(lambda x: fused_cacr(x, 5, backend=backend), attn)
+
+    def function(x):
+        with torch.autocast(device, dtype=torch.bfloat16):
+            return fused_cacr(x, 5, backend=backend)
+
+    loss, (gradient,) = loss_and_gradients(function, attn)
     assert torch.equal(loss, expected)
     assert torch.equal(gradient, expected_gradient)
 
@@ -133,6 +137,8 @@ def test_autocast_changes_nothing(backend, device):
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("ragged", [False, True])
 def test_compile_equals_eager(backend, device, dynamic, ragged):
+    if backend == "reference" and (dynamic or ragged):
+        pytest.skip("compiling plain PyTorch is torch's affair: one case shows that nothing breaks the graph")
     torch._dynamo.reset()
     spans = {"n_text": 4}
     if ragged:
