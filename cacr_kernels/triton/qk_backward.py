@@ -15,19 +15,29 @@ from .qk_tiles import open_head, open_rows, operand
 
 
 @triton.jit
-def tile_gradients(b_x, b_y, mask, m_x, l_x, m_y, l_y, e_p, e_q):
-    """(dX, dY) of one tile without the factor of grad_loss; x, y and the maxima in log2 units, the rest natural.
+def load_rows(stats, rows, mask):
+    """(m_x, 1 / l_x, 1 - E_p[d], m_y, 1 / l_y, 1 + E_q[d]) of a tile of rows; finite beyond the span."""
+    m_x = tl.load(stats, mask=mask, other=0.0)
+    r_x = 1.0 / tl.load(stats + rows, mask=mask, other=1.0)
+    m_y = tl.load(stats + 2 * rows, mask=mask, other=0.0)
+    r_y = 1.0 / tl.load(stats + 3 * rows, mask=mask, other=1.0)
+    c_x = 1.0 - tl.load(stats + 4 * rows, mask=mask, other=0.0)
+    c_y = 1.0 + tl.load(stats + 5 * rows, mask=mask, other=0.0)
+    return m_x, r_x, c_x, m_y, r_y, c_y
 
-    Row numbers come broadcast along the tile.
+
+@triton.jit
+def tile_gradients(b_x, b_y, m_x, r_x, c_x, m_y, r_y, c_y):
+    """(dX, dY) of one tile without the factor of grad_loss: p (d + 1 - E_p[d]) - q and q (1 + E_q[d] - d) - p.
+
+    x, y and the maxima in log2 units; row numbers as in :func:`load_rows`, broadcast along the tile.
     """
     b_x -= m_x
     b_y -= m_y
     b_d = (b_x - b_y) * 0.6931471805599453
-    b_p = tl.exp2(b_x) / l_x
-    b_q = tl.exp2(b_y) / l_y
-    b_dx = b_p * (b_d - e_p) + (b_p - b_q)
-    b_dy = -b_q * (b_d - e_q) - (b_p - b_q)
-    return tl.where(mask, b_dx, 0.0), tl.where(mask, b_dy, 0.0)
+    b_p = tl.exp2(b_x) * r_x
+    b_q = tl.exp2(b_y) * r_y
+    return b_p * (b_d + c_x) - b_q, b_q * (c_y - b_d) - b_p
 
 
 @triton.jit
@@ -114,22 +124,10 @@ def qk_columns_kernel(
             b_exp = tl.load(u_exp + row_u + o_m, mask=mask_m, other=1.0)
             b_x *= b_exp[None, :]
         b_y = tl.dot(b_k_cols, tl.trans(b_q), input_precision=PRECISION) * y_scale
-        m_x = tl.load(stats + o_m, mask=mask_m, other=0.0)
-        l_x = tl.load(stats + rows + o_m, mask=mask_m, other=1.0)
-        m_y = tl.load(stats + 2 * rows + o_m, mask=mask_m, other=0.0)
-        l_y = tl.load(stats + 3 * rows + o_m, mask=mask_m, other=1.0)
-        e_p = tl.load(stats + 4 * rows + o_m, mask=mask_m, other=0.0)
-        e_q = tl.load(stats + 5 * rows + o_m, mask=mask_m, other=0.0)
+        m_x, r_x, c_x, m_y, r_y, c_y = load_rows(stats + o_m, rows, mask_m)
+        # rows beyond the span need no mask: their U and Q are 0 and the tile stays finite
         b_dx, b_dy = tile_gradients(
-            b_x,
-            b_y,
-            mask_n[:, None] & mask_m[None, :],
-            m_x[None, :],
-            l_x[None, :],
-            m_y[None, :],
-            l_y[None, :],
-            e_p[None, :],
-            e_q[None, :],
+            b_x, b_y, m_x[None, :], r_x[None, :], c_x[None, :], m_y[None, :], r_y[None, :], c_y[None, :]
         )
         if GRAD_X:
             if SCALED:
@@ -216,12 +214,7 @@ def qk_rows_kernel(
     if SCALED:
         b_exp = tl.load(u_exp + row_u + o_m, mask=mask_m, other=1.0)
     stats += i_bh * 8 * rows + tl.where(is_text, 0, spans.n_text) + o_m
-    m_x = tl.load(stats, mask=mask_m, other=0.0)
-    l_x = tl.load(stats + rows, mask=mask_m, other=1.0)
-    m_y = tl.load(stats + 2 * rows, mask=mask_m, other=0.0)
-    l_y = tl.load(stats + 3 * rows, mask=mask_m, other=1.0)
-    e_p = tl.load(stats + 4 * rows, mask=mask_m, other=0.0)
-    e_q = tl.load(stats + 5 * rows, mask=mask_m, other=0.0)
+    m_x, r_x, c_x, m_y, r_y, c_y = load_rows(stats, rows, mask_m)
     y_scale = scale * 1.4426950408889634
 
     acc_u = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -238,17 +231,18 @@ def qk_rows_kernel(
             b_x = tl.dot(b_u_lo, tl.trans(b_q), b_x, input_precision=PRECISION)
         if SCALED:
             b_x *= b_exp[:, None]
-        b_y = tl.dot(b_q_rows, tl.trans(b_k), input_precision=PRECISION) * y_scale
+        b_y = tl.dot(b_q_rows, tl.trans(b_k), input_precision=PRECISION)
+        # a column beyond the span gets -1e30: probability and gradient exactly 0
+        b_floor = tl.where(mask_n, 0.0, -1e30)[None, :]
         b_dx, b_dy = tile_gradients(
-            b_x,
-            b_y,
-            mask_m[:, None] & mask_n[None, :],
+            b_x + b_floor,
+            b_y * y_scale + b_floor,
             m_x[:, None],
-            l_x[:, None],
+            r_x[:, None],
+            c_x[:, None],
             m_y[:, None],
-            l_y[:, None],
-            e_p[:, None],
-            e_q[:, None],
+            r_y[:, None],
+            c_y[:, None],
         )
         if GRAD_X:
             acc_u = gradient_dot(b_dx, b_q, acc_u, SCALED, PRECISION)

@@ -17,10 +17,9 @@ from .qk_tiles import open_head, open_rows, operand
 
 @triton.jit
 def online_update(
-    b_x,  # [M, N] float32, log2 units, -inf where masked
+    b_x,  # [M, N] float32, log2 units; columns beyond the span at -1e30
     b_y,
-    mask,
-    m_x,  # [M] running maxima, sums of exp and sums of p d, all relative to the running maxima
+    m_x,  # [M] running maximum, sum of exp and sum of p d, all relative to the running maxima
     l_x,
     a_x,
     m_y,
@@ -28,8 +27,8 @@ def online_update(
     a_y,
 ):
     """One tile of columns into the six running numbers; d is re-referenced whenever a maximum moves."""
-    m_x_new = tl.maximum(m_x, tl.max(tl.where(mask, b_x, float("-inf")), axis=1))
-    m_y_new = tl.maximum(m_y, tl.max(tl.where(mask, b_y, float("-inf")), axis=1))
+    m_x_new = tl.maximum(m_x, tl.max(b_x, axis=1))
+    m_y_new = tl.maximum(m_y, tl.max(b_y, axis=1))
     shift_x = m_x - m_x_new
     shift_y = m_y - m_y_new
     shift = shift_x - shift_y
@@ -37,9 +36,9 @@ def online_update(
     rescale_y = tl.exp2(shift_y)
     b_x -= m_x_new[:, None]
     b_y -= m_y_new[:, None]
-    b_d = tl.where(mask, b_x - b_y, 0.0)
-    b_p = tl.where(mask, tl.exp2(b_x), 0.0)
-    b_q = tl.where(mask, tl.exp2(b_y), 0.0)
+    b_d = b_x - b_y
+    b_p = tl.exp2(b_x)
+    b_q = tl.exp2(b_y)
     a_x = (a_x + l_x * shift) * rescale_x + tl.sum(b_p * b_d, axis=1)
     a_y = (a_y + l_y * shift) * rescale_y + tl.sum(b_q * b_d, axis=1)
     l_x = l_x * rescale_x + tl.sum(b_p, axis=1)
@@ -111,13 +110,17 @@ def qk_forward_kernel(
         o_n = o_n.to(tl.int64)
         b_qt = operand(tl.load(p_q + o_n[None, :] * q.s_r + o_d[:, None] * q.s_c, mask=mask_dn, other=0.0), UPCAST)
         b_kt = operand(tl.load(p_k + o_n[None, :] * k.s_r + o_d[:, None] * k.s_c, mask=mask_dn, other=0.0), UPCAST)
+        # a column beyond the span gets -1e30: probability exactly 0, every difference finite
+        b_floor = tl.where(mask_n, 0.0, -1e30)[None, :]
         b_x = tl.dot(b_u, b_qt, input_precision=PRECISION)
         if PAIR:
             b_x = tl.dot(b_u_lo, b_qt, b_x, input_precision=PRECISION)
         if SCALED:
             b_x *= b_exp[:, None]
-        b_y = tl.dot(b_q_rows, b_kt, input_precision=PRECISION) * y_scale
-        m_x, l_x, a_x, m_y, l_y, a_y = online_update(b_x, b_y, mask_n[None, :], m_x, l_x, a_x, m_y, l_y, a_y)
+        b_y = tl.dot(b_q_rows, b_kt, input_precision=PRECISION)
+        m_x, l_x, a_x, m_y, l_y, a_y = online_update(
+            b_x + b_floor, b_y * y_scale + b_floor, m_x, l_x, a_x, m_y, l_y, a_y
+        )
 
     o_stats = stats + i_bh * 8 * rows + tl.where(is_text, 0, spans.n_text) + o_m
     tl.store(o_stats, m_x, mask=mask_m)

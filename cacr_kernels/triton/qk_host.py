@@ -13,7 +13,7 @@ def qk_forward(
 ) -> tuple[Tensor, list[Tensor]]:
     """Loss [B, H] in float32 from q [B, H, N, D] and k [B, Hk, N, D], and what the backward needs.
 
-    Saved for kind "scores": row numbers [B, H, 8, n_text + n_vision] and the D x D products [B, H, 2, 3, D, D], float32.
+    Saved for kind "scores": row numbers [B, H, 8, n_text + n_vision], D x D products [B, H, 2, 3, D, D] (float32).
     """
     q, k = inputs
     return scores_qk_forward(q, k, spans, options, needs_grad, scale)

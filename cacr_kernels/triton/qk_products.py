@@ -158,8 +158,7 @@ def qk_project_kernel(
     if SCALED:
         # the largest element of a row becomes 2^14 to 2^15, far from float16's overflow and from its subnormals
         largest = tl.max(tl.abs(b_u), axis=1)
-        power = tl.where(largest > 0, tl.floor(tl.log2(largest)) - 14, 0.0)
-        power = tl.maximum(tl.minimum(power, 100.0), -100.0)
+        power = tl.minimum(tl.floor(tl.log2(tl.maximum(largest, 1e-30))) - 14, 100.0)
         tl.store(u_exp + o_row, tl.exp2(power), mask=mask_m)
         b_u *= tl.exp2(-power)[:, None]
     o_u = o_row[:, None] * D + o_e[None, :]
