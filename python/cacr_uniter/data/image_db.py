@@ -209,11 +209,16 @@ class ImageDBWriter:
         self._pack = codec.pack_npz if compressed else codec.pack_arrays
         self._dtype = np.dtype(dtype)
         self._writer = Writer(self.folder, resume)
-        self._log_path = self._writer.partial / COUNTS_LOG
+        self._log_path = self.partial / COUNTS_LOG
         self.counts = self._read_log()
         self._log = self._log_path.open("w", encoding="utf-8")
         for name, count in self.counts.items():
             self._note(name, count)
+
+    @property
+    def partial(self) -> Path:
+        """Folder of the unfinished database."""
+        return self._writer.partial
 
     def _read_log(self) -> dict[str, int]:
         """Counts of the committed records; lines of records that were lost in a kill are dropped."""

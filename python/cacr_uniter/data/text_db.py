@@ -139,6 +139,11 @@ class TextDBWriter:
         self._txt2img[caption_id] = image
         self._img2txts.setdefault(image, []).append(caption_id)
 
+    @property
+    def longest(self) -> int:
+        """Word pieces of the longest caption written so far."""
+        return max(self._lengths.values(), default=0)
+
     def close(self) -> None:
         """Writes the JSON files and gives the folder its name."""
         folder = self._writer.partial

@@ -1,0 +1,457 @@
+"""Every region-feature format, written here exactly as its makers write it, into the image database."""
+
+import base64
+import json
+import pickle
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cacr_uniter.data.check import check_database
+from cacr_uniter.data.importers import FORMATS, import_features
+from cacr_uniter.data.importers.names import image_namer
+from cacr_uniter.data.importers.pickled import read_pickled_data
+from cacr_uniter.data.lmdb import BoxRule, ImageDB
+from cacr_uniter.errors import UserError
+
+DIM = 8
+NAMES = ("1000092795", "36979", "65567")
+
+
+class Image:
+    """Twelve regions of a 640 x 480 picture."""
+
+    def __init__(self, seed: int, size: int = 12) -> None:
+        generator = np.random.default_rng(seed)
+        self.width, self.height, self.size = 640, 480, size
+        low = generator.random((size, 2)) * 0.5
+        high = low + 0.1 + generator.random((size, 2)) * 0.4
+        high[0] = 1.0
+        self.boxes = (np.concatenate([low, high], axis=1) * [640, 480, 640, 480]).astype(np.float32)
+        self.features = generator.normal(size=(size, DIM)).astype(np.float32)
+        self.conf = generator.permutation(np.linspace(0.1, 0.95, size)).astype(np.float32)
+
+    @property
+    def norm_bb(self) -> np.ndarray:
+        corners = self.boxes / np.array([640, 480, 640, 480], dtype=np.float32)
+        return np.concatenate([corners, corners[:, 2:] - corners[:, :2]], axis=1)
+
+
+def images() -> dict[str, Image]:
+    return {name: Image(index) for index, name in enumerate(NAMES)}
+
+
+def b64(array: np.ndarray, compress: bool = False) -> str:
+    data = np.ascontiguousarray(array).tobytes()
+    return base64.b64encode(zlib.compress(data) if compress else data).decode()
+
+
+def butd_tsv(folder: Path, compress: bool = False) -> Path:
+    lines = []
+    for name, image in images().items():
+        fields = [
+            name,
+            image.width,
+            image.height,
+            image.size,
+            b64(image.boxes, compress),
+            b64(image.features, compress),
+        ]
+        lines.append("\t".join(map(str, fields)))
+    path = folder / "butd.tsv"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def lxmert_tsv(folder: Path, volta: bool = False, exchanged: bool = False) -> Path:
+    lines = []
+    for name, image in images().items():
+        sides = (image.width, image.height) if exchanged else (image.height, image.width)
+        classes, attributes = np.zeros(image.size, np.int64), np.zeros(image.size, np.float32)
+        fields = [name, *sides, b64(classes), b64(image.conf), b64(classes), b64(attributes), image.size]
+        fields += [b64(image.boxes), b64(image.features)]
+        if volta:
+            fields.append(b64(np.repeat(image.conf[:, None], 5, axis=1)))
+        lines.append("\t".join(map(str, fields)))
+    path = folder / "lxmert.tsv"
+    path.write_text("\n".join(lines))
+    return path
+
+
+def vinvl_tsv(folder: Path, as_json: bool = False) -> Path:
+    lines, labels = [], []
+    for name, image in images().items():
+        rows = b64(np.concatenate([image.features, image.norm_bb], axis=1).astype(np.float32))
+        if as_json:
+            lines.append(f"{name}\t" + json.dumps({"num_boxes": image.size, "features": rows}))
+        else:
+            lines.append(f"{name}\t{image.size}\t{rows}")
+        objects = [
+            {"class": "dog", "rect": box.tolist(), "conf": float(conf)}
+            for box, conf in zip(image.boxes, image.conf, strict=True)
+        ]
+        labels.append(f"{name}\t" + json.dumps({"objects": objects} if as_json else objects))
+    path = folder / "feature.tsv"
+    path.write_text("\n".join(lines) + "\n")
+    (folder / "predictions.tsv").write_text("\n".join(reversed(labels)) + "\n")
+    return path
+
+
+def milvlg_npz(folder: Path, transposed: bool = False) -> Path:
+    target = folder / "milvlg"
+    target.mkdir()
+    for name, image in images().items():
+        info = {
+            "image_id": name,
+            "image_h": np.int64(image.height),
+            "image_w": image.width,
+            "num_boxes": image.size,
+            "objects_id": np.arange(image.size),
+            "objects_conf": image.conf,
+        }
+        np.savez_compressed(
+            target / f"{name}.jpg.npz",
+            x=image.features.T if transposed else image.features,
+            bbox=image.boxes,
+            num_bbox=image.size,
+            image_h=image.height,
+            image_w=image.width,
+            info=info,  # type: ignore[arg-type]
+        )
+    return target
+
+
+def uniter_npz(folder: Path, exchanged: bool = False) -> Path:
+    target = folder / "uniter"
+    target.mkdir()
+    for name, image in images().items():
+        order = np.argsort(-image.conf)
+        boxes = image.norm_bb[order][:, [0, 1, 2, 3, 5, 4] if exchanged else slice(None)]
+        np.savez_compressed(
+            target / f"flickr30k_{int(name):012d}.npz",
+            norm_bb=boxes.astype(np.float16),
+            features=image.features[order].astype(np.float16),
+            conf=image.conf[order].astype(np.float16),
+            soft_labels=np.ones((image.size, 3), np.float16),
+        )
+    return target
+
+
+def hdf5(folder: Path, adaptive: bool, protocol: int = 2) -> Path:
+    h5py = pytest.importorskip("h5py", reason="HDF5 features need h5py")
+    path = folder / "train36.hdf5"
+    table = {int(name): row for row, name in enumerate(NAMES)}
+    (folder / "train36_imgid2idx.pkl").write_bytes(pickle.dumps(table, protocol))
+    every = list(images().values())
+    join: Callable[[list[np.ndarray]], np.ndarray] = np.concatenate if adaptive else np.stack
+    with h5py.File(path, "w") as stream:
+        stream["image_features"] = join([image.features for image in every])
+        stream["image_bb"] = join([image.boxes for image in every])
+        stream["spatial_features"] = join([image.norm_bb for image in every])
+        if adaptive:
+            ends = np.cumsum([image.size for image in every])
+            stream["pos_boxes"] = np.stack([ends - [image.size for image in every], ends], axis=1)
+    return path
+
+
+Maker = Callable[[Path], Path]
+CASES: dict[str, tuple[str, Maker, bool]] = {
+    "butd": ("butd-tsv", butd_tsv, False),
+    "butd zlib": ("butd-tsv", lambda folder: butd_tsv(folder, compress=True), False),
+    "lxmert": ("lxmert-tsv", lxmert_tsv, True),
+    "lxmert, sides exchanged": ("lxmert-tsv", lambda folder: lxmert_tsv(folder, exchanged=True), True),
+    "volta": ("lxmert-tsv", lambda folder: lxmert_tsv(folder, volta=True), True),
+    "vinvl": ("vinvl-tsv", vinvl_tsv, True),
+    "vinvl json": ("vinvl-tsv", lambda folder: vinvl_tsv(folder, as_json=True), True),
+    "milvlg": ("milvlg-npz", milvlg_npz, True),
+    "milvlg transposed": ("milvlg-npz", lambda folder: milvlg_npz(folder, transposed=True), True),
+    "uniter": ("uniter-npz", uniter_npz, True),
+    "uniter, columns exchanged": ("uniter-npz", lambda folder: uniter_npz(folder, exchanged=True), True),
+    "fixed": ("hdf5-fixed", lambda folder: hdf5(folder, adaptive=False), False),
+    "adaptive": ("hdf5-adaptive", lambda folder: hdf5(folder, adaptive=True, protocol=0), False),
+}
+
+
+def test_every_format_has_a_case() -> None:
+    assert {kind for kind, _, _ in CASES.values()} == set(FORMATS)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_import(case: str, tmp_path: Path) -> None:
+    kind, make, confident = CASES[case]
+    steps: list[tuple[int, int]] = []
+    report = import_features(
+        kind,
+        make(tmp_path),
+        tmp_path / "img",
+        names="flickr30k",
+        labels=tmp_path / "predictions.tsv" if kind == "vinvl-tsv" else None,
+        progress=lambda done, total: steps.append((done, total)),
+    )
+    assert report.images == 3
+    assert report.swapped_size is (case == "lxmert, sides exchanged")
+    assert steps[-1][0] == steps[-1][1]
+    database = ImageDB(tmp_path / "img")
+    assert sorted(database.names()) == sorted(f"flickr30k_{int(name):012d}.npz" for name in NAMES)
+    for name, image in images().items():
+        stored = database.record(f"flickr30k_{int(name):012d}.npz")
+        order = np.argsort(-image.conf, kind="stable") if confident else np.arange(image.size)
+        kept = order[: BoxRule().count(image.conf if confident else None, image.size)]
+        assert set(stored) == {"norm_bb", "features", "conf"}
+        np.testing.assert_allclose(stored["features"], image.features[kept].astype(np.float16), rtol=0, atol=0)
+        np.testing.assert_allclose(stored["norm_bb"], image.norm_bb[kept], rtol=0, atol=2e-3)
+        expected = image.conf[kept] if confident else np.ones(len(kept))
+        np.testing.assert_allclose(stored["conf"][:, 0], expected, rtol=0, atol=1e-3)
+    check = check_database(tmp_path / "img")
+    assert check.ok, str(check)
+    remarks = report.findings["remarks"]
+    assert ("no confidences, file order kept" in remarks) is not confident
+    assert ("columns width and height exchanged, put right" in remarks) is (case == "uniter, columns exchanged")
+    written = json.loads((tmp_path / "img" / "feat_th0.2_max100_min10_import.json").read_text())
+    assert written["images"] == 3
+    assert sorted(entry.name for entry in (tmp_path / "img").iterdir()) == [
+        "feat_th0.2_max100_min10",
+        "feat_th0.2_max100_min10_import.json",
+        "nbb_th0.2_max100_min10.json",
+    ]
+
+
+def test_options(tmp_path: Path) -> None:
+    source = lxmert_tsv(tmp_path, volta=True)
+    report = import_features(
+        "lxmert-tsv", source, tmp_path / "img", fixed=5, compressed=True, dtype="float32", soft_labels=True, limit=2
+    )
+    assert (report.images, report.boxes) == (2, (5, 5.0, 5))
+    database = ImageDB(tmp_path / "img", BoxRule(fixed=5))
+    record = database.record(f"{NAMES[0]}.npz")
+    assert record["features"].dtype == np.float32
+    np.testing.assert_array_equal(record["soft_labels"][:, :1], record["conf"])
+
+
+def test_an_interrupted_import_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cacr_uniter.data.lmdb_store.COMMIT_EVERY", 2)
+    source = lxmert_tsv(tmp_path)
+
+    def interrupt(done: int, total: int) -> None:
+        if done == total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        import_features("lxmert-tsv", source, tmp_path / "img", progress=interrupt)
+    assert [entry.name for entry in (tmp_path / "img").iterdir()] == ["feat_th0.2_max100_min10.partial"]
+    with pytest.raises(UserError, match="interrupted import of another source"):
+        import_features("lxmert-tsv", source, tmp_path / "img", limit=1)
+    report = import_features("lxmert-tsv", source, tmp_path / "img")
+    assert (report.images, report.resumed) == (3, 2)
+    assert check_database(tmp_path / "img").ok
+    import_features("lxmert-tsv", source, tmp_path / "whole")
+    for name in ImageDB(tmp_path / "whole").names():
+        whole, resumed = ImageDB(tmp_path / "whole").record(name), ImageDB(tmp_path / "img").record(name)
+        assert all(np.array_equal(whole[key], resumed[key]) for key in whole)
+    with pytest.raises(UserError, match="exists already"):
+        import_features("lxmert-tsv", source, tmp_path / "img")
+
+
+def butd_line(image: Image, **changes: Any) -> str:
+    fields = {
+        "id": "7",
+        "w": image.width,
+        "h": image.height,
+        "n": image.size,
+        "boxes": b64(image.boxes),
+        "features": b64(image.features),
+    }
+    return "\t".join(str(value) for value in (fields | changes).values())
+
+
+def xywh(image: Image) -> np.ndarray:
+    return np.concatenate([image.boxes[:, :2] + 300, image.boxes[:, 2:] - image.boxes[:, :2]], axis=1)
+
+
+def broken_lines() -> dict[str, str]:
+    image = Image(5)
+    nothing = image.features.copy()
+    nothing[3, 3] = np.nan
+    return {
+        r"expected 6 columns": butd_line(image).rsplit("\t", 1)[0],
+        r"features: damaged base64": butd_line(image, features=b64(image.features)[:-3]),
+        r"features: 380 bytes are not 12 rows": butd_line(image, features=b64(image.features.reshape(-1)[:95])),
+        r"not 11 rows": butd_line(image, n=11),
+        r"columns are not x1, y1, x2, y2": butd_line(image, boxes=b64(xywh(image))),
+        r"not finite": butd_line(image, features=b64(nothing)),
+        r"size 0 x 480 is not positive": butd_line(image, w=0),
+        r"invalid literal": butd_line(image, n="twelve"),
+        r"not 0 rows": butd_line(image, n=0),
+    }
+
+
+@pytest.mark.parametrize("message", broken_lines())
+def test_damaged_rows_stop_the_import_or_are_left_out(message: str, tmp_path: Path) -> None:
+    good = butd_tsv(tmp_path)
+    source = tmp_path / "broken.tsv"
+    source.write_text(good.read_text() + broken_lines()[message] + "\n")
+    with pytest.raises(UserError, match=rf"line 4 \(7\): .*{message}"):
+        import_features("butd-tsv", source, tmp_path / "img")
+    report = import_features("butd-tsv", source, tmp_path / "img", skip_bad=True)
+    assert report.images == 3
+    assert len(report.skipped) == 1
+
+
+def test_remarks(tmp_path: Path) -> None:
+    outside, image = Image(1), Image(2)
+    outside.boxes[2, 2:] = (700, 500)
+    again = butd_line(image, id="8")
+    source = tmp_path / "a.tsv"
+    source.write_text("\n".join([butd_line(outside), again, again]))
+    report = import_features("butd-tsv", source, tmp_path / "img")
+    assert report.images == 2
+    assert report.findings["remarks"] == {
+        "boxes outside the image, clipped": 1,
+        "images that occur again, first kept": 1,
+        "no confidences, file order kept": 2,
+        "normalised boxes beyond 0 to 1, clipped": 1,
+    }
+    stored = ImageDB(tmp_path / "img").record("7.npz")["norm_bb"]
+    assert stored[:, :4].max() == 1
+    assert "1 images: boxes outside the image, clipped" in str(report)
+
+
+def test_features_of_two_widths_are_refused(tmp_path: Path) -> None:
+    wide = Image(2)
+    wide.features = np.zeros((12, 5), np.float32)
+    source = tmp_path / "a.tsv"
+    source.write_text("\n".join([butd_line(Image(1)), butd_line(wide, id="8")]))
+    with pytest.raises(UserError, match="width 5, others before had"):
+        import_features("butd-tsv", source, tmp_path / "img")
+
+
+def test_wrong_columns_of_normalised_boxes_are_refused(tmp_path: Path) -> None:
+    folder = uniter_npz(tmp_path)
+    path = sorted(folder.iterdir())[0]
+    arrays = dict(np.load(path))
+    for boxes, message in ((arrays["norm_bb"][:, [0, 2, 1, 3, 4, 5]], "not their width and height"),):
+        np.savez(path, **{**arrays, "norm_bb": boxes})
+        with pytest.raises(UserError, match=message):
+            import_features("uniter-npz", folder, tmp_path / "img")
+        (tmp_path / "img").rename(tmp_path / "old")
+    np.savez(path, **{**arrays, "norm_bb": arrays["norm_bb"].astype(np.float32) * 500})
+    with pytest.raises(UserError, match="these are pixels"):
+        import_features("uniter-npz", folder, tmp_path / "img")
+
+
+def test_sources_that_cannot_be_opened(tmp_path: Path) -> None:
+    source = butd_tsv(tmp_path)
+    with pytest.raises(UserError, match="no such file or folder"):
+        import_features("butd-tsv", tmp_path / "absent.tsv", tmp_path / "img")
+    with pytest.raises(UserError, match="format: expected one of butd-tsv"):
+        import_features("caffe", source, tmp_path / "img")
+    with pytest.raises(UserError, match="folder of npz files"):
+        import_features("uniter-npz", source, tmp_path / "img")
+    with pytest.raises(UserError, match="names: expected one of"):
+        import_features("butd-tsv", source, tmp_path / "img", names="x.npz")
+    (tmp_path / "empty.tsv").write_text("")
+    with pytest.raises(UserError, match="no image could be imported"):
+        import_features("butd-tsv", tmp_path / "empty.tsv", tmp_path / "img")
+
+
+def test_damaged_hdf5(tmp_path: Path) -> None:
+    path = hdf5(tmp_path, adaptive=True)
+    with pytest.raises(UserError, match="row 0"):
+        import_features("hdf5-fixed", path, tmp_path / "a")
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match="not an HDF5 file"):
+        import_features("hdf5-adaptive", path, tmp_path / "b")
+    path.write_bytes(data)
+    (tmp_path / "train36_imgid2idx.pkl").unlink()
+    with pytest.raises(UserError, match=r"imgid2idx file of train36\.hdf5"):
+        import_features("hdf5-adaptive", path, tmp_path / "b")
+    (tmp_path / "rows.json").write_text(json.dumps({name: row for row, name in enumerate(NAMES)}))
+    assert import_features("hdf5-adaptive", path, tmp_path / "b", ids=tmp_path / "rows.json").images == 3
+
+
+class Payload:
+    """Runs code when unpickled."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return Path.touch, (self.target,)
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_pickled_code_is_not_run(protocol: int, tmp_path: Path) -> None:
+    proof = tmp_path / "proof"
+    for value in (
+        Payload(proof),
+        {"rows": [Payload(proof)]},
+        np.array([Payload(proof)], dtype=object),
+        {1: Path.touch},
+    ):
+        with pytest.raises(ValueError, match="refused"):
+            read_pickled_data(pickle.dumps(value, protocol))
+    path = hdf5(tmp_path, adaptive=False)
+    (tmp_path / "train36_imgid2idx.pkl").write_bytes(pickle.dumps({1: Payload(proof)}, protocol))
+    with pytest.raises(UserError, match="refused"):
+        import_features("hdf5-fixed", path, tmp_path / "img")
+    folder = milvlg_npz(tmp_path)
+    for file in folder.iterdir():
+        arrays = dict(np.load(file, allow_pickle=True))
+        np.savez(file, **{**arrays, "info": np.array({"objects_conf": Payload(proof)}, dtype=object)})
+    with pytest.raises(UserError, match="refused"):
+        import_features("milvlg-npz", folder, tmp_path / "img")
+    assert not proof.exists()
+
+
+@pytest.mark.parametrize("protocol", range(5))
+def test_pickled_data_is_read(protocol: int) -> None:
+    array = np.arange(6, dtype=">i4").reshape(2, 3)
+    value = {
+        "int": [1, -300, 2**40, 2**70],
+        "float": (1.5, (), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4)),
+        "text": ["caf\u00e9", b"\x00\xff", "", True, False, None],
+        "array": [array, np.asfortranarray(np.arange(6.0).reshape(2, 3)), array],
+        "scalar": [np.float32(2.5), np.int64(-1)],
+        "empty": [{}, [], np.zeros((0, 4))],
+    }
+    data = read_pickled_data(pickle.dumps(value, protocol))
+    for key, expected in value.items():
+        for got, wanted in zip(data[key], expected, strict=True):
+            assert type(got) is type(wanted)
+            np.testing.assert_array_equal(got, wanted)
+    whole = pickle.dumps(value, protocol)
+    for cut in range(0, len(whole) - 1, 7):
+        with pytest.raises(ValueError, match=r"."):
+            read_pickled_data(whole[:cut])
+
+
+@pytest.mark.parametrize(
+    ("names", "source", "expected"),
+    [
+        ("keep", "1000092795.jpg", "1000092795.npz"),
+        ("keep", "36979.jpg.npz", "36979.npz"),
+        ("keep", "nlvr2_dev-12-0-img0.npz", "nlvr2_dev-12-0-img0.npz"),
+        ("flickr30k", "1000092795.jpg", "flickr30k_001000092795.npz"),
+        ("coco", "COCO_val2014_000000391895.jpg", "coco_val2014_000000391895.npz"),
+        ("coco_train2014", "9", "coco_train2014_000000000009.npz"),
+        ("vg", "2315446.jpg", "vg_000002315446.npz"),
+        ("winoground_{}.npz", "0001_0", "winoground_0001_0.npz"),
+        ("x_{:03d}.npz", "img7.png", "x_007.npz"),
+    ],
+)
+def test_names(names: str, source: str, expected: str) -> None:
+    assert image_namer(names)(source) == expected
+
+
+def test_names_without_digits_are_refused() -> None:
+    with pytest.raises(ValueError, match="does not end in a number"):
+        image_namer("flickr30k")("dog.jpg")
+    with pytest.raises(ValueError, match="train2014 or val2014"):
+        image_namer("coco")("391895.jpg")
+    for names in ("plain", "{}{}.npz", "{x}.npz", "{"):
+        with pytest.raises(UserError, match="names: expected one of"):
+            image_namer(names)
