@@ -76,7 +76,7 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     part = folder / (PART + final.name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        remove_parts(folder)
+        shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
         for name, tensors in ((MODEL, checkpoint.model), (OPTIMIZER, checkpoint.optimizer)):
             save_file({key: value.detach().contiguous() for key, value in tensors.items()}, part / name)
@@ -103,9 +103,16 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
             f"checkpoint {final} could not be written ({_reason(error)}): {kept}; free some space and run the same "
             "command again"
         ) from error
+    prune(folder, keep)
+    return final
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Removes what a killed run left half done, and all but the ``keep`` newest checkpoints."""
     for path in checkpoints(folder)[:-keep]:
         _remove(path)
-    return final
+    for path in folder.glob(f"{PART}*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def load(path: Path) -> Checkpoint:
@@ -128,12 +135,6 @@ def load(path: Path) -> Checkpoint:
         raise _damaged(path, str(error)) from error
     sizes = _read_json(path, SIZES)
     return Checkpoint(state["step"], model, optimizer, sizes, state["config"], state["extra"])
-
-
-def remove_parts(folder: Path) -> None:
-    """Deletes what a killed run left half written or half deleted."""
-    for path in folder.glob(f"{PART}*"):
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

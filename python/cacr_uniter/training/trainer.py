@@ -131,7 +131,7 @@ def _open_folder(config: TrainConfig, out: Path, accelerator: Accelerator) -> ch
             if config.run.overwrite:
                 _clear(out)
             out.mkdir(parents=True, exist_ok=True)
-            checkpoints.remove_parts(folder)
+            checkpoints.prune(folder, config.run.keep)
     accelerator.wait_for_everyone()
     resume = config.run.resume
     path = checkpoints.newest(folder) if resume in ("auto", "no") else Path(resume)
@@ -139,6 +139,9 @@ def _open_folder(config: TrainConfig, out: Path, accelerator: Accelerator) -> ch
         raise UserError(
             f"run.out {out} holds a run already ({path.name}): resume it, set run.overwrite, or choose another"
         )
+    last = checkpoints.newest(folder)
+    if path is not None and last is not None and path.resolve().parent == folder.resolve() and path.name != last.name:
+        raise UserError(f"run.resume {path}: {last} is newer and in the same folder; choose another run.out")
     found = None if path is None else checkpoints.load(path)
     if found is not None:
         changed = differences(found.config, config)

@@ -1,0 +1,251 @@
+"""A run that is killed and started again gives the numbers of one that was not, bit for bit, and never loses its last
+good checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cacr_uniter.errors import UserError
+from cacr_uniter.training import checkpoint as checkpoints
+from cacr_uniter.training.testing import numbers, small_config, small_run
+from safetensors.torch import load_file
+
+KILLED = -signal.SIGKILL
+
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["cacr_uniter.training.testing"])
+
+
+def child(*setup: str, **fields: Any) -> BaseProcess:
+    """A process of its own that runs ``setup`` and then a small run; what it raises goes to ``<out>.error``."""
+    lines = [
+        "from cacr_uniter.errors import UserError",
+        "from cacr_uniter.training.testing import *",
+        *setup,
+        f"try: small_run(small_config(**{fields!r}))",
+        f"except UserError as error: Path({fields['out'] + '.error'!r}).write_text(str(error)); raise SystemExit(2)",
+    ]
+    process = FORKS.Process(target=exec, args=("\n".join(lines), {}))
+    process.start()
+    return process
+
+
+def ended(process: BaseProcess) -> int | None:
+    """Its exit status."""
+    process.join(120)
+    return process.exitcode
+
+
+def log(out: Path) -> list[dict[str, Any]]:
+    return numbers([json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()])
+
+
+def assert_same_end(one: Path, other: Path) -> None:
+    assert log(one) == log(other)
+    for name in (checkpoints.MODEL, checkpoints.OPTIMIZER):
+        last = [load_file(checkpoints.newest(out / "checkpoints") / name) for out in (one, other)]  # type: ignore[operator]
+        assert last[0].keys() == last[1].keys()
+        assert all(torch.equal(last[0][key], last[1][key]) for key in last[0])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run in one piece."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    small_run(small_config(out))
+    return out
+
+
+KILL_AT_STEP = """
+import os, signal
+from cacr_uniter.training.step import Stepper
+begin = Stepper.begin
+def killing(self, step):
+    begin(self, step)
+    if step == {step}:
+        os.kill(os.getpid(), signal.SIGKILL)
+Stepper.begin = killing
+"""
+
+KILL_IN_SAVE = """
+import os, signal
+from cacr_uniter.training import checkpoint
+real, calls = checkpoint.{function}, [0]
+def killing(*args, **kwargs):
+    calls[0] += 1
+    before = {before}
+    if not before:
+        value = real(*args, **kwargs)
+    if calls[0] == {call}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args, **kwargs) if before else value
+checkpoint.{function} = killing
+"""
+
+
+@pytest.mark.parametrize("step", [0, 5])
+def test_killed_between_checkpoints(whole: Path, tmp_path: Path, step: int) -> None:
+    process = child(KILL_AT_STEP.format(step=step), out=str(tmp_path / "run"))
+    assert ended(process) == KILLED
+    assert len(log(tmp_path / "run")) == step
+    small_run(small_config(tmp_path / "run"))
+    assert_same_end(whole, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("function", "call", "before", "complete"),
+    [
+        ("save_file", 5, False, 2),  # weights written
+        ("save_file", 6, False, 2),  # optimizer written
+        ("_flush", 15, True, 2),  # among the flushes of the third checkpoint
+        ("_remove", 1, True, 4),  # fourth checkpoint complete, the oldest not yet removed
+    ],
+)
+def test_killed_while_a_checkpoint_is_written(
+    whole: Path, tmp_path: Path, function: str, call: int, before: bool, complete: int
+) -> None:
+    out = tmp_path / "run"
+    process = child(KILL_IN_SAVE.format(function=function, call=call, before=before), out=str(out))
+    assert ended(process) == KILLED
+    found = checkpoints.checkpoints(out / "checkpoints")
+    assert [path.name for path in found] == [f"step-{2 * i:08d}" for i in range(1, complete + 1)]
+    for path in found:
+        checkpoints.load(path)
+    small_run(small_config(out))
+    assert_same_end(whole, out)
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == [f"step-{i:08d}" for i in (4, 6, 8)]
+
+
+def test_killed_at_a_random_moment_again_and_again(whole: Path, tmp_path: Path) -> None:
+    out, kills = tmp_path / "run", 0
+    for attempt in range(3):
+        process = child(out=str(out))
+        while process.is_alive() and not log_length(out) > 2 * attempt:
+            time.sleep(0.005)
+        process.kill()
+        kills += ended(process) == KILLED
+    assert kills >= 2
+    small_run(small_config(out))
+    assert_same_end(whole, out)
+
+
+def log_length(out: Path) -> int:
+    path = out / "log.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def test_terminated_politely_it_saves_and_says_so(whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    stop = KILL_AT_STEP.format(step=2).replace("SIGKILL", "SIGTERM")
+    process = child(stop, out=str(out))
+    assert ended(process) == 0
+    assert [path.name for path in checkpoints.checkpoints(out / "checkpoints")][-1] == "step-00000003"
+    result = small_run(small_config(out))
+    assert result.finished
+    assert log(out) == log(whole)
+
+
+def test_windows_of_the_log_survive_a_resume(tmp_path: Path) -> None:
+    """A line averages over several steps; those before the kill must be in it."""
+    config = {"run__log_every": 4, "run__checkpoint_every": 3}
+    small_run(small_config(tmp_path / "a", **config))
+    process = child(KILL_AT_STEP.format(step=7), out=str(tmp_path / "b"), **config)
+    assert ended(process) == KILLED
+    small_run(small_config(tmp_path / "b", **config))
+    assert log(tmp_path / "a") == log(tmp_path / "b")
+
+
+def test_a_finished_run_is_left_as_it_is(whole: Path) -> None:
+    before = log(whole)
+    result = small_run(small_config(whole))
+    assert result.finished
+    assert result.step == 8
+    assert numbers(result.history) == before == log(whole)
+
+
+def test_resume_refuses_other_settings_by_name(whole: Path) -> None:
+    with pytest.raises(UserError, match=r"optim\.lr: 0\.001 -> 0\.5.*run\.overwrite"):
+        small_run(small_config(whole, optim__lr=0.5))
+
+
+def test_resume_no_refuses_a_used_folder(whole: Path) -> None:
+    with pytest.raises(UserError, match="holds a run already"):
+        small_run(small_config(whole, run__resume="no"))
+
+
+def test_overwrite_starts_again(tmp_path: Path) -> None:
+    small_run(small_config(tmp_path / "run", optim__steps=4))
+    result = small_run(small_config(tmp_path / "run", optim__steps=2, run__overwrite=True))
+    assert [record["step"] for record in result.history] == [1, 2]
+    assert result.checkpoint_path.name == "step-00000002"
+
+
+@pytest.mark.parametrize("name", [checkpoints.MODEL, checkpoints.OPTIMIZER, checkpoints.SIZES, checkpoints.STATE])
+@pytest.mark.parametrize("damage", ["truncated", "missing", "garbage"])
+def test_a_damaged_checkpoint_is_named_and_so_is_the_one_before(tmp_path: Path, name: str, damage: str) -> None:
+    out = tmp_path / "run"
+    small_run(small_config(out, optim__steps=4))
+    bad, good = out / "checkpoints" / "step-00000004", out / "checkpoints" / "step-00000002"
+    path = bad / name
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    elif damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(b"\x80" * path.stat().st_size)
+    with pytest.raises(UserError) as caught:
+        small_run(small_config(out, optim__steps=4))
+    message = str(caught.value)
+    assert str(bad) in message
+    assert name in message or "damaged" in message
+    checkpoints.load(good)
+
+
+def test_a_pickle_in_place_of_weights_is_not_run(tmp_path: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> Any:
+            return (os.mkdir, (str(tmp_path / "ran"),))
+
+    out = tmp_path / "run"
+    small_run(small_config(out, optim__steps=2))
+    path = out / "checkpoints" / "step-00000002" / checkpoints.MODEL
+    torch.save({"model": Bomb()}, path)
+    state = path.parent / checkpoints.STATE
+    values = json.loads(state.read_text())
+    values["bytes"][checkpoints.MODEL] = path.stat().st_size
+    state.write_text(json.dumps(values))
+    with pytest.raises(UserError, match="damaged"):
+        small_run(small_config(out, optim__steps=2))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_disk_that_takes_no_more_leaves_the_last_checkpoint(tmp_path: Path) -> None:
+    """The limit on file size makes the kernel refuse the write, as a full disk does."""
+    out = tmp_path / "run"
+    small_run(small_config(out, optim__steps=4, run__checkpoint_every=4))
+    (out / "checkpoints" / "step-00000004").rename(out / "checkpoints" / "step-00000001")
+    setup = (
+        "import resource, signal",
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)",
+        "import cacr_uniter.training.checkpoint as c, cacr_uniter.training.trainer as t",
+        "t.checkpoints.load = lambda path, load=c.load: __import__('dataclasses').replace(load(path), step=1)",
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (9000, resource.RLIM_INFINITY))",
+    )
+    process = child(*setup, out=str(out), optim__steps=4, run__checkpoint_every=4)
+    assert ended(process) == 2
+    message = Path(f"{out}.error").read_text()
+    assert "step-00000004 could not be written (" in message
+    assert f"the last good checkpoint is {out}/checkpoints/step-00000001" in message
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000001"]
+    checkpoints.load(out / "checkpoints" / "step-00000001")
