@@ -1,9 +1,10 @@
-"""Backward for small spans by recomputation, in three launches: rows (U, V), cross blocks, own blocks.
+"""Backward by recomputation for small spans, three launches: rows (U, V), cross blocks, own blocks.
 
-With G = scale dX:  V = G F,  dS_ab = V S_bb^T + G^T U,  dS_bb += F^T V,  dS_aa += dY  (F = S_ab, U = S_ab S_bb).
-U and V [n_a, n_b] of both sides are kept in a float32 workspace [B * H, 4, T R]: U_text, U_vision, V_text, V_vision.
-For kind "softmax" F = P_ab, U = P_ab P_bb, and dS = P (dP - rowsum(P dP)) in each block. All of n_b (own blocks: n_a)
-stays on chip, so both are at most BLOCK_B.
+With G = scale dX:  V = G F,  dF = V S_bb^T + G^T U,  dS_ab = dF,  dS_bb += F^T V,  dS_aa += dY  (F = S_ab, U = F S_bb).
+U and V [n_a, n_b] of both sides lie in a float32 workspace, G is recomputed wherever it is needed.
+For kind "softmax" F = P_ab, U = P_ab P_bb, and dS = P (dP - rowsum(P dP)) in each block, where
+rowsum_j(P_ab dF) = sum_k V[j, k] U[j, k] + sum_i G[i, j] (U F^T)[i, j].
+The kernel of the own blocks also serves large spans.
 """
 
 # mypy: allow-untyped-defs
@@ -14,16 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import (
-    dot,
-    load_factor,
-    load_grad_loss,
-    load_tile,
-    open_gradient,
-    open_side,
-    open_workspace,
-    store_tile,
-)
+from .common import dot, load_factor, load_grad_loss, load_tile, open_gradient, open_side, open_u, open_v, store_tile
+from .products import project_rows, projected_tile
 from .rows import load_rows, rows_gradient, side_scale, target_gradient, target_logits
 
 UNSPECIALIZED = ["tt", "tv", "vt", "vv", "spans", "scaling", "grad_loss", "s_g_b", "s_g_h", "stats", "work", "n_heads"]
@@ -41,7 +34,7 @@ def backward_rows_kernel(
     s_g_b,
     s_g_h,
     stats,  # float32 [B * H, 8, T + R]
-    work,  # float32 [B * H, 4, T R]
+    work,  # Work
     n_heads,
     KIND: tl.constexpr,
     DOT: tl.constexpr,
@@ -49,10 +42,10 @@ def backward_rows_kernel(
     GRAD_X: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    BLOCK_B: tl.constexpr,
 ):
-    """U_I = F_I S_bb and V_I = G_I F for one tile I of rows of one side."""
+    """U_I = F_I S_bb and V_I = G_I F for one tile I of rows of one side. G is recomputed for each BLOCK_C of n_b."""
     n_text_tiles = tl.cdiv(spans.n_text, BLOCK_I)
     n_tiles = n_text_tiles + tl.cdiv(spans.n_vision, BLOCK_I)
     i_problem = tl.program_id(0) // n_tiles
@@ -62,31 +55,25 @@ def backward_rows_kernel(
     scale, weight, active = side_scale(scaling, side)
     i_0 = tl.where(is_text, i_tile, i_tile - n_text_tiles) * BLOCK_I
     if (i_0 < side.n_a) & active:
-        g = load_grad_loss(grad_loss, s_g_b, s_g_h, i_problem, n_heads) * weight
-        slot = tl.where(is_text, 0, 1)
         o_i = i_0 + tl.arange(0, BLOCK_I)
-        o_b = tl.arange(0, BLOCK_B)
-        # U = F S_bb: [I, B] += [I, K] [K, B]
-        b_u = tl.zeros([BLOCK_I, BLOCK_B], tl.float32)
-        for k in range(0, side.n_b, BLOCK_K):
-            o_k = k + tl.arange(0, BLOCK_K)
-            b_f = load_factor(side.cross, o_i, o_k, KIND, UNIT, DOT)
-            b_s = load_factor(side.other, o_k, o_b, KIND, UNIT, DOT)
-            b_u = dot(b_f, b_s, b_u, DOT)
-        store_tile(open_workspace(work, spans, side, i_problem, 4, slot), b_u, o_i, o_b)
+        m_u = open_u(work, side, i_problem)
+        project_rows(side, m_u, o_i, KIND, DOT, UNIT, BLOCK_I, BLOCK_C, BLOCK_K)
         if GRAD_X:
+            m_v = open_v(work, side, i_problem)
+            g = load_grad_loss(grad_loss, s_g_b, s_g_h, i_problem, n_heads) * weight * scale
             m_x, l_x, m_y, l_y, e_p, e_q = load_rows(side, o_i)
-            b_v = tl.zeros([BLOCK_I, BLOCK_B], tl.float32)
-            for j in range(0, side.n_a, BLOCK_J):
-                o_j = j + tl.arange(0, BLOCK_J)
-                b_f = load_factor(side.cross, o_j, o_b, KIND, UNIT, DOT)
-                b_s = load_tile(side.own, o_i, o_j, UNIT, DOT)
-                # X = scale U F^T: [I, J] = [I, B] [B, J];  V += G F: [I, B] += [I, J] [J, B]
-                b_x = dot(b_u, tl.trans(b_f), tl.zeros([BLOCK_I, BLOCK_J], tl.float32), DOT) * scale
-                inside = (o_i < side.n_a)[:, None] & (o_j < side.n_a)[None, :]
-                b_dx, b_dy = rows_gradient(b_x, target_logits(b_s, KIND), m_x, l_x, m_y, l_y, e_p, e_q, inside)
-                b_v = dot(b_dx * (scale * g), b_f, b_v, DOT)
-            store_tile(open_workspace(work, spans, side, i_problem, 4, 2 + slot), b_v, o_i, o_b)
+            for c in range(0, side.n_b, BLOCK_C):
+                o_c = c + tl.arange(0, BLOCK_C)
+                b_v = tl.zeros([BLOCK_I, BLOCK_C], tl.float32)
+                for j in range(0, side.n_a, BLOCK_J):
+                    o_j = j + tl.arange(0, BLOCK_J)
+                    b_x = projected_tile(side, m_u, o_i, o_j, KIND, DOT, UNIT, BLOCK_I, BLOCK_J, BLOCK_K) * scale
+                    b_y = target_logits(load_tile(side.own, o_i, o_j, UNIT, DOT), KIND)
+                    inside = (o_i < side.n_a)[:, None] & (o_j < side.n_a)[None, :]
+                    b_dx, b_dy = rows_gradient(b_x, b_y, m_x, l_x, m_y, l_y, e_p, e_q, inside)
+                    # V += G F: [I, C] += [I, J] [J, C]
+                    b_v = dot(b_dx * g, load_factor(side.cross, o_j, o_c, KIND, UNIT, DOT), b_v, DOT)
+                store_tile(m_v, b_v, o_i, o_c)
 
 
 @triton.jit(do_not_specialize=[*UNSPECIALIZED, "grad_tv", "grad_vt"])
@@ -101,19 +88,19 @@ def backward_cross_kernel(
     s_g_b,
     s_g_h,
     stats,  # float32 [B * H, 8, T + R]
-    work,  # float32 [B * H, 4, T R]
+    work,  # Work
+    n_heads,
     grad_tv,  # contiguous, shape and dtype of the input
     grad_vt,  # contiguous, shape and dtype of the input
-    n_heads,
     KIND: tl.constexpr,
     DOT: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    BLOCK_B: tl.constexpr,
 ):
-    """dF = V S_bb^T + G^T U for one tile J of rows of F (columns of G), and dS_ab from it."""
+    """dF_J = V_J S_bb^T + (G^T U)_J for one tile J of rows of F (columns of G), and dS_ab from it."""
     n_text_tiles = tl.cdiv(spans.n_text, BLOCK_J)
     n_tiles = n_text_tiles + tl.cdiv(spans.n_vision, BLOCK_J)
     i_problem = tl.program_id(0) // n_tiles
@@ -123,38 +110,55 @@ def backward_cross_kernel(
     scale, weight, active = side_scale(scaling, side)
     j_0 = tl.where(is_text, i_tile, i_tile - n_text_tiles) * BLOCK_J
     if (j_0 < side.n_a) & active:
-        g = load_grad_loss(grad_loss, s_g_b, s_g_h, i_problem, n_heads) * weight
-        slot = tl.where(is_text, 0, 1)
-        m_u = open_workspace(work, spans, side, i_problem, 4, slot)
-        m_v = open_workspace(work, spans, side, i_problem, 4, 2 + slot)
-        o_j = j_0 + tl.arange(0, BLOCK_J)
-        o_b = tl.arange(0, BLOCK_B)
-        b_f = load_factor(side.cross, o_j, o_b, KIND, UNIT, DOT)
-        b_df = tl.zeros([BLOCK_J, BLOCK_B], tl.float32)
-        for i in range(0, side.n_a, BLOCK_I):
-            o_i = i + tl.arange(0, BLOCK_I)
-            m_x, l_x, m_y, l_y, e_p, e_q = load_rows(side, o_i)
-            b_u = load_tile(m_u, o_i, o_b, True, DOT)
-            b_s = load_tile(side.own, o_i, o_j, UNIT, DOT)
-            # X = scale U F^T: [I, J] = [I, B] [B, J];  dF += G^T U: [J, B] += [J, I] [I, B]
-            b_x = dot(b_u, tl.trans(b_f), tl.zeros([BLOCK_I, BLOCK_J], tl.float32), DOT) * scale
-            inside = (o_i < side.n_a)[:, None] & (o_j < side.n_a)[None, :]
-            b_dx, b_dy = rows_gradient(b_x, target_logits(b_s, KIND), m_x, l_x, m_y, l_y, e_p, e_q, inside)
-            b_df = dot(tl.trans(b_dx * (scale * g)), b_u, b_df, DOT)
-        for k in range(0, side.n_b, BLOCK_K):
-            # dF += V S_bb^T: [J, B] += [J, K] [K, B]
-            o_k = k + tl.arange(0, BLOCK_K)
-            b_v = load_tile(m_v, o_j, o_k, True, DOT)
-            b_s = load_factor(side.other, o_b, o_k, KIND, UNIT, DOT)
-            b_df = dot(b_v, tl.trans(b_s), b_df, DOT)
-        if KIND == "softmax":
-            b_df = b_f * (b_df - tl.sum(b_f * b_df, 1)[:, None])
+        g = load_grad_loss(grad_loss, s_g_b, s_g_h, i_problem, n_heads) * weight * scale
+        m_u = open_u(work, side, i_problem)
+        m_v = open_v(work, side, i_problem)
         grad = tl.where(is_text, grad_tv, grad_vt)
         m_g = open_gradient(grad, spans, i_problem, n_heads, is_text, is_text == 0, side.n_a, side.n_b)
-        store_tile(m_g, b_df, o_j, o_b)
+        o_j = j_0 + tl.arange(0, BLOCK_J)
+        for c in range(0, side.n_b, BLOCK_C):
+            o_c = c + tl.arange(0, BLOCK_C)
+            b_df = tl.zeros([BLOCK_J, BLOCK_C], tl.float32)
+            b_sum = tl.zeros([BLOCK_J], tl.float32)
+            for i in range(0, side.n_a, BLOCK_I):
+                o_i = i + tl.arange(0, BLOCK_I)
+                m_x, l_x, m_y, l_y, e_p, e_q = load_rows(side, o_i)
+                b_x = projected_tile(side, m_u, o_i, o_j, KIND, DOT, UNIT, BLOCK_I, BLOCK_J, BLOCK_K)
+                b_y = target_logits(load_tile(side.own, o_i, o_j, UNIT, DOT), KIND)
+                inside = (o_i < side.n_a)[:, None] & (o_j < side.n_a)[None, :]
+                b_dx, b_dy = rows_gradient(b_x * scale, b_y, m_x, l_x, m_y, l_y, e_p, e_q, inside)
+                b_g = b_dx * g
+                if KIND == "softmax":
+                    b_sum += tl.sum(b_g * b_x, 0)
+                # dF += G^T U: [J, C] += [J, I] [I, C]
+                b_df = dot(tl.trans(b_g), load_tile(m_u, o_i, o_c, True, DOT), b_df, DOT)
+            for k in range(0, side.n_b, BLOCK_K):
+                # dF += V S_bb^T: [J, C] += [J, K] [K, C]
+                o_k = k + tl.arange(0, BLOCK_K)
+                b_v = load_tile(m_v, o_j, o_k, True, DOT)
+                b_df = dot(b_v, tl.trans(load_factor(side.other, o_c, o_k, KIND, UNIT, DOT)), b_df, DOT)
+                if KIND == "softmax":
+                    b_sum += tl.sum(b_v * load_tile(m_u, o_j, o_k, True, DOT), 1)
+            if KIND == "softmax":
+                b_df = load_factor(side.cross, o_j, o_c, KIND, UNIT, DOT) * (b_df - b_sum[:, None])
+            store_tile(m_g, b_df, o_j, o_c)
 
 
-@triton.jit(do_not_specialize=[*UNSPECIALIZED, "grad_tt", "grad_vv"])
+@triton.jit
+def inner_tile(
+    back, m_v, o_i, o_j, KIND: tl.constexpr, DOT: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """F_b^T V_b: [I, J] = sum of [I, K] [K, J] over n_b, the gradient of S_aa as inner block of side b (``back``)."""
+    b_ds = tl.zeros([BLOCK_I, BLOCK_J], tl.float32)
+    for k in range(0, back.n_a, BLOCK_K):
+        o_k = k + tl.arange(0, BLOCK_K)
+        b_f = load_factor(back.cross, o_k, o_i, KIND, UNIT, DOT)
+        b_ds = dot(tl.trans(b_f), load_tile(m_v, o_k, o_j, True, DOT), b_ds, DOT)
+    return b_ds
+
+
+@triton.jit(do_not_specialize=[*UNSPECIALIZED, "grad_tt", "grad_vv", "first", "n_tiles"])
 def backward_own_kernel(
     tt,  # Block: S_tt [B, H, T, T]
     tv,  # Block: S_tv [B, H, T, R]
@@ -166,66 +170,62 @@ def backward_own_kernel(
     s_g_b,
     s_g_h,
     stats,  # float32 [B * H, 8, T + R]
-    work,  # float32 [B * H, 4, T R]
+    work,  # Work
+    n_heads,
     grad_tt,  # contiguous, shape and dtype of the input
     grad_vv,  # contiguous, shape and dtype of the input
-    n_heads,
+    first,  # this launch does the row tiles first ... first + n_tiles - 1 of a problem, text before vision
+    n_tiles,
     KIND: tl.constexpr,
     DOT: tl.constexpr,
     UNIT: tl.constexpr,
     GRAD_X: tl.constexpr,
     GRAD_Y: tl.constexpr,
     BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    BLOCK_B: tl.constexpr,
 ):
     """dS_aa = dY + dS'_aa for one tile I of rows: the target of side a, and the inner block of side b.
 
-    dS'_aa = F_b^T V_b with F_b = S_ba [n_b, n_a] and V_b [n_b, n_a] of the other side. One rounding after the sum.
+    dS'_aa = F_b^T V_b, with F_b = S_ba [n_b, n_a] and V_b [n_b, n_a] of the other side. One rounding after the sum.
     """
     n_text_tiles = tl.cdiv(spans.n_text, BLOCK_I)
-    n_tiles = n_text_tiles + tl.cdiv(spans.n_vision, BLOCK_I)
     i_problem = tl.program_id(0) // n_tiles
-    i_tile = tl.program_id(0) % n_tiles
+    i_tile = first + tl.program_id(0) % n_tiles
     is_text = i_tile < n_text_tiles
     side = open_side(tt, tv, vt, vv, spans, stats, i_problem, n_heads, is_text)
+    back = open_side(tt, tv, vt, vv, spans, stats, i_problem, n_heads, is_text == 0)
+    scale, weight, active = side_scale(scaling, side)
+    back_scale, back_weight, back_active = side_scale(scaling, back)
     i_0 = tl.where(is_text, i_tile, i_tile - n_text_tiles) * BLOCK_I
     if i_0 < side.n_a:
-        scale, weight, active = side_scale(scaling, side)
-        slot = tl.where(is_text, 0, 1)
         o_i = i_0 + tl.arange(0, BLOCK_I)
-        o_j = tl.arange(0, BLOCK_B)
-        inside = (o_i < side.n_a)[:, None] & (o_j < side.n_a)[None, :]
+        g = load_grad_loss(grad_loss, s_g_b, s_g_h, i_problem, n_heads) * weight
         m_x, l_x, m_y, l_y, e_p, e_q = load_rows(side, o_i)
-        b_s = load_tile(side.own, o_i, o_j, UNIT, DOT)
-        b_ds = tl.zeros([BLOCK_I, BLOCK_B], tl.float32)
-        if GRAD_X:
-            back = open_side(tt, tv, vt, vv, spans, stats, i_problem, n_heads, is_text == 0)
-            back_scale, back_weight, back_active = side_scale(scaling, back)
-            m_v = open_workspace(work, spans, back, i_problem, 4, 3 - slot)
-            # dS'_aa = F_b^T V_b: [I, J] += [I, K] [K, J]
-            for k in range(0, tl.where(back_active, back.n_a, 0), BLOCK_K):
-                o_k = k + tl.arange(0, BLOCK_K)
-                b_f = load_factor(back.cross, o_k, o_i, KIND, UNIT, DOT)
-                b_v = load_tile(m_v, o_k, o_j, True, DOT)
-                b_ds = dot(tl.trans(b_f), b_v, b_ds, DOT)
-            if KIND == "softmax":
-                b_q = tl.where(inside, tl.exp(b_s.to(tl.float32) - m_y[:, None]) / l_y[:, None], 0.0)
-                b_ds = b_q * (b_ds - tl.sum(b_q * b_ds, 1)[:, None])
-        if GRAD_Y:
-            if active:
-                g = load_grad_loss(grad_loss, s_g_b, s_g_h, i_problem, n_heads) * weight
-                m_u = open_workspace(work, spans, side, i_problem, 4, slot)
-                b_x = tl.zeros([BLOCK_I, BLOCK_B], tl.float32)
-                for k in range(0, side.n_b, BLOCK_K):
-                    # X = scale U F^T: [I, J] += [I, K] [K, J]
-                    o_k = k + tl.arange(0, BLOCK_K)
-                    b_u = load_tile(m_u, o_i, o_k, True, DOT)
-                    b_f = load_factor(side.cross, o_j, o_k, KIND, UNIT, DOT)
-                    b_x = dot(b_u, tl.trans(b_f), b_x, DOT)
-                b_y = target_logits(b_s, KIND)
-                b_dx, b_dy = rows_gradient(b_x * scale, b_y, m_x, l_x, m_y, l_y, e_p, e_q, inside)
-                b_ds += target_gradient(b_dy * g, b_s, KIND)
+        m_u = open_u(work, side, i_problem)
+        m_v = open_v(work, back, i_problem)
         grad = tl.where(is_text, grad_tt, grad_vv)
         m_g = open_gradient(grad, spans, i_problem, n_heads, is_text, is_text, side.n_a, side.n_a)
-        store_tile(m_g, b_ds, o_i, o_j)
+        b_sum = tl.zeros([BLOCK_I], tl.float32)
+        if GRAD_X and KIND == "softmax":
+            if back_active:
+                for j in range(0, side.n_a, BLOCK_J):
+                    o_j = j + tl.arange(0, BLOCK_J)
+                    b_ds = inner_tile(back, m_v, o_i, o_j, KIND, DOT, UNIT, BLOCK_I, BLOCK_J, BLOCK_K)
+                    b_sum += tl.sum(b_ds * load_factor(side.own, o_i, o_j, KIND, UNIT, DOT), 1)
+        for j in range(0, side.n_a, BLOCK_J):
+            o_j = j + tl.arange(0, BLOCK_J)
+            b_ds = tl.zeros([BLOCK_I, BLOCK_J], tl.float32)
+            if GRAD_X:
+                if back_active:
+                    b_ds = inner_tile(back, m_v, o_i, o_j, KIND, DOT, UNIT, BLOCK_I, BLOCK_J, BLOCK_K)
+                    if KIND == "softmax":
+                        b_ds = load_factor(side.own, o_i, o_j, KIND, UNIT, DOT) * (b_ds - b_sum[:, None])
+            if GRAD_Y:
+                if active:
+                    b_x = projected_tile(side, m_u, o_i, o_j, KIND, DOT, UNIT, BLOCK_I, BLOCK_J, BLOCK_K) * scale
+                    b_s = load_tile(side.own, o_i, o_j, UNIT, DOT)
+                    inside = (o_i < side.n_a)[:, None] & (o_j < side.n_a)[None, :]
+                    b_dx, b_dy = rows_gradient(b_x, target_logits(b_s, KIND), m_x, l_x, m_y, l_y, e_p, e_q, inside)
+                    b_ds += target_gradient(b_dy * g, b_s, KIND)
+            store_tile(m_g, b_ds, o_i, o_j)

@@ -51,6 +51,23 @@ class Scaling(NamedTuple):
     vision: Any
 
 
+class Work(NamedTuple):
+    """Kernel argument: the float32 workspace, its size per problem, the spans' bounds, and where its matrices begin.
+
+    u_* and v_*: U and V [n_a, n_b] of a side; g: G [n_a, n_a] of the side at work. Offsets in elements.
+    """
+
+    p: Any
+    s_problem: Any
+    n_text: Any
+    n_vision: Any
+    u_text: Any
+    u_vision: Any
+    v_text: Any
+    v_vision: Any
+    g: Any
+
+
 class Matrix(NamedTuple):
     """In a kernel: a matrix [n_r, n_c] of one problem. Its rows' maxima lie at p_n, their sums of exp at p_n + s_n."""
 
@@ -140,12 +157,22 @@ def open_side(tt, tv, vt, vv, spans, stats, i_problem, n_heads, is_text):
 
 
 @triton.jit
-def open_workspace(work, spans, side, i_problem, n_slots: tl.constexpr, slot):
-    """One float32 matrix [n_a, n_b] of a side in the workspace [B * H, n_slots, T R]."""
-    s = spans.n_text.to(tl.int64) * spans.n_vision
-    s_r = tl.where(side.is_text, spans.n_vision, spans.n_text).to(tl.int64)
-    p = work + (i_problem.to(tl.int64) * n_slots + slot) * s
+def open_work(work, side, offset_text, offset_vision, i_problem):
+    """A float32 matrix [n_a, n_b] of a side in the workspace, at the offset of its side."""
+    p = work.p + i_problem.to(tl.int64) * work.s_problem.to(tl.int64)
+    p += tl.where(side.is_text, offset_text, offset_vision).to(tl.int64)
+    s_r = tl.where(side.is_text, work.n_vision, work.n_text).to(tl.int64)
     return Matrix(p, s_r, 1, side.n_a, side.n_b, p, 0)
+
+
+@triton.jit
+def open_u(work, side, i_problem):
+    return open_work(work, side, work.u_text, work.u_vision, i_problem)
+
+
+@triton.jit
+def open_v(work, side, i_problem):
+    return open_work(work, side, work.v_text, work.v_vision, i_problem)
 
 
 @triton.jit

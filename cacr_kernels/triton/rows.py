@@ -44,32 +44,24 @@ def side_scale(scaling, side):
 
 
 @triton.jit
-def row_softmax(b_s, inside):
-    """(softmax of whole rows [M, N] over the columns ``inside`` [1, N], row maximum, row sum of exp), in float32."""
-    b_s = tl.where(inside, b_s.to(tl.float32), float("-inf"))
-    b_m = tl.max(b_s, 1)
-    b_p = tl.exp(b_s - b_m[:, None])
-    b_l = tl.sum(b_p, 1)
-    return b_p / b_l[:, None], b_m, b_l
+def store_rows(side, spans, o_i, active, m_x, l_x, m_y, l_y, e_p, e_q, KIND: tl.constexpr):
+    """Write the eight numbers of rows o_i, 0 for rows beyond the span and for a side left out.
 
-
-@triton.jit
-def store_rows(side, spans, o_i, m_x, l_x, m_y, l_y, e_p, e_q, m_f, l_f):
-    """Write the eight numbers of rows o_i, 0 for rows beyond the span.
-
-    In order: max and sum of exp of X, of Y; E_p[d], E_q[d]; max and sum of exp of the cross block's rows.
+    In order: max and sum of exp of X, of Y; E_p[d], E_q[d]; max and sum of exp of the cross block's rows. For kind
+    "softmax" those of Y and of the cross block are there already, since the products need them.
     """
     p, s_n = side.p_n, side.s_n
     mask = o_i < tl.where(side.is_text, spans.n_text, spans.n_vision)
-    keep = o_i < side.n_a
+    keep = (o_i < side.n_a) & active
     tl.store(p + o_i, tl.where(keep, m_x, 0.0), mask=mask)
     tl.store(p + s_n + o_i, tl.where(keep, l_x, 0.0), mask=mask)
-    tl.store(p + 2 * s_n + o_i, tl.where(keep, m_y, 0.0), mask=mask)
-    tl.store(p + 3 * s_n + o_i, tl.where(keep, l_y, 0.0), mask=mask)
     tl.store(p + 4 * s_n + o_i, tl.where(keep, e_p, 0.0), mask=mask)
     tl.store(p + 5 * s_n + o_i, tl.where(keep, e_q, 0.0), mask=mask)
-    tl.store(p + 6 * s_n + o_i, tl.where(keep, m_f, 0.0), mask=mask)
-    tl.store(p + 7 * s_n + o_i, tl.where(keep, l_f, 0.0), mask=mask)
+    if KIND != "softmax":
+        tl.store(p + 2 * s_n + o_i, tl.where(keep, m_y, 0.0), mask=mask)
+        tl.store(p + 3 * s_n + o_i, tl.where(keep, l_y, 0.0), mask=mask)
+        tl.store(p + 6 * s_n + o_i, tl.zeros_like(m_x), mask=mask)
+        tl.store(p + 7 * s_n + o_i, tl.zeros_like(m_x), mask=mask)
 
 
 @triton.jit

@@ -5,93 +5,173 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..problem import ROW_NUMBERS, Options, Spans, block_limits, new_gradients
+from ..problem import ROW_NUMBERS, Options, Spans, new_gradients
 from .backward import backward_cross_kernel, backward_own_kernel, backward_rows_kernel
-from .common import Block, Scaling, SpanArgs
-from .forward import forward_small_kernel
-
-
-class Problem:
-    """The arguments every kernel takes: four blocks, spans, scaling, and the number of problems B * H."""
-
-    def __init__(self, inputs: list[Tensor], spans: Spans, options: Options) -> None:
-        first = inputs[0]
-        self.blocks = [Block(x, *x.stride()) for x in (inputs * 4 if len(inputs) == 1 else inputs)]
-        limit_text, limit_vision, disjoint = block_limits(inputs)
-        self.n_text, self.n_vision = spans.n_text, spans.n_vision
-        self.spans = SpanArgs(
-            spans.table,
-            spans.text_start,
-            spans.n_text,
-            spans.vision_start,
-            spans.n_vision,
-            limit_text,
-            limit_vision,
-            int(disjoint),
-        )
-        self.scaling = Scaling(
-            float(options.projection_scale),
-            int(options.projection_mean),
-            int(options.row_mean),
-            int(options.text),
-            int(options.vision),
-        )
-        self.n_heads = first.shape[1]
-        self.count = first.shape[0] * first.shape[1]
-        self.device = first.device
-        self.flags = {
-            "KIND": options.kind,
-            "DOT": "ieee",
-            "UNIT": all(block.s_c == 1 for block in self.blocks),
-        }
-
-    def tiles(self, rows: int) -> int:
-        """Row tiles of both sides of all problems."""
-        return self.count * (-(-self.n_text // rows) + -(-self.n_vision // rows))
+from .backward_large import large_cross_kernel, large_g_kernel, large_v_kernel
+from .common import Work
+from .forward import forward_kernel
+from .host import Problem, tiles
+from .products import numbers_kernel
 
 
 def scores_forward(
     inputs: list[Tensor], spans: Spans, options: Options, needs_grad: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    """Loss [B, H] in float32, and [row numbers [B, H, 8, n_text + n_vision]] when a gradient is needed."""
-    shape = inputs[0].shape[:2]
+    """Loss [B, H] in float32, and [row numbers [B, H, 8, n_text + n_vision]] when a gradient is needed.
+
+    Small spans: one launch. Large ones: U of each side, then the comparison (kind "softmax": row numbers first).
+    """
     problem = Problem(inputs, spans, options)
-    loss = torch.empty(*shape, dtype=torch.float32, device=problem.device)
-    rows = spans.n_text + spans.n_vision
-    stats = torch.empty(*shape, ROW_NUMBERS, rows, dtype=torch.float32, device=problem.device)
+    shape = inputs[0].shape[:2]
+    softmax = options.kind == "softmax"
+    stats = torch.empty(
+        *shape, ROW_NUMBERS, spans.n_text + spans.n_vision if softmax or needs_grad else 0,
+        dtype=torch.float32, device=problem.device,
+    )  # fmt: skip
+    size = spans.n_text * spans.n_vision
+    work = problem.workspace(2 * size, u_vision=size)
+    name = "forward_small" if problem.small else "forward_large"
+    row_tiles = problem.row_tiles(problem.block(name, "I"))
+    parts = 1 if problem.small else max(row_tiles, 1)
+    loss = torch.empty(*shape, parts, dtype=torch.float32, device=problem.device)
     if problem.count:
-        forward_small_kernel[(problem.count,)](
-            *problem.blocks, problem.spans, problem.scaling, loss, stats, problem.n_heads, 1, **problem.flags,
-            SAVE=needs_grad, BLOCK_I=32, BLOCK_J=32, BLOCK_K=32, BLOCK_B=128,
+        if not problem.small and not problem.empty:
+            if softmax:
+                programs = problem.row_tiles(problem.block("numbers", "I"))
+                problem.launch(numbers_kernel, "numbers", programs, stats, problem.n_heads)
+            for text in (True, False):
+                if options.text if text else options.vision:
+                    problem.project(work, stats, text)
+        problem.launch(
+            forward_kernel, name, parts, problem.scaling, loss, stats, work, problem.n_heads, parts,
+            KIND=options.kind, FUSED=problem.small, SAVE=needs_grad,
         )  # fmt: skip
+    loss = loss.squeeze(-1) if parts == 1 else loss.sum(-1)
     return loss, [stats] if needs_grad else []
+
+
+class Backward:
+    """One call of scores_backward: the arguments that its launches share, and the launches."""
+
+    def __init__(
+        self, grad_loss: Tensor, stats: Tensor, problem: Problem, options: Options, grads: list[Tensor]
+    ) -> None:
+        self.problem = problem
+        self.stats = stats
+        self.tt, self.tv, self.vt, self.vv = grads * 4 if len(grads) == 1 else grads
+        self.shared = (problem.scaling, grad_loss, *grad_loss.stride(), stats)
+        self.grad_x = options.stop_gradient != "projection"
+        self.grad_y = options.stop_gradient != "target"
+        self.active = {True: options.text, False: options.vision}
+
+    def own(self, work: Work, *sides: bool) -> None:
+        """dS_aa of the sides given, in one launch."""
+        problem = self.problem
+        block = problem.block("own", "I")
+        n_text = tiles(problem.n_text, block)
+        first = 0 if sides[0] else n_text
+        programs = sum(n_text if text else tiles(problem.n_vision, block) for text in sides)
+        problem.launch(
+            backward_own_kernel, "own", programs, *self.shared, work, problem.n_heads, self.tt, self.vv, first, programs,
+            KIND=problem.kind, GRAD_X=self.grad_x, GRAD_Y=self.grad_y,
+        )  # fmt: skip
+
+    def small(self) -> None:
+        """Workspace U, V of both sides: 4 T R <= (T + R)^2."""
+        problem = self.problem
+        size = problem.n_text * problem.n_vision
+        work = problem.workspace(4 * size, u_vision=size, v_text=2 * size, v_vision=3 * size)
+        problem.launch(
+            backward_rows_kernel, "rows", problem.row_tiles(problem.block("rows", "I")), *self.shared, work,
+            problem.n_heads, KIND=problem.kind, GRAD_X=self.grad_x,
+        )  # fmt: skip
+        if self.grad_x:
+            problem.launch(
+                backward_cross_kernel, "cross", problem.row_tiles(problem.block("cross", "J")), *self.shared, work,
+                problem.n_heads, self.tv, self.vt, KIND=problem.kind,
+            )  # fmt: skip
+        self.own(work, True, False)
+
+    def large(self) -> None:
+        """The longer side goes first, so that its G can make room for the shorter side's U.
+
+        Workspace: U of the first side | V of the side at work | G of the first side, then U of the second |
+        G of the second: 2 T R + max^2 + min^2 = (T + R)^2 with max and min of T and R, one float32 S. The second
+        side's own block (which needs the first side's V) comes before its V overwrites that one.
+        """
+        problem = self.problem
+        size = problem.n_text * problem.n_vision
+        first = problem.n_text >= problem.n_vision
+        if not self.grad_x:
+            work = problem.workspace(2 * size, u_vision=size)
+            for text in (True, False):
+                if self.active[text]:
+                    problem.project(work, self.stats, text)
+            self.own(work, True, False)
+            return
+        longest = problem.length(first) ** 2
+        places = {"u_text": 0, "u_vision": 2 * size, "v_text": size, "v_vision": size, "g": 2 * size}
+        if not first:
+            places["u_text"], places["u_vision"] = places["u_vision"], places["u_text"]
+        work = problem.workspace(2 * size + longest + problem.length(not first) ** 2, **places)
+        if self.active[first]:
+            self.cross(work, first)
+        work = work._replace(g=2 * size + longest)
+        if self.active[not first]:
+            problem.project(work, self.stats, not first)
+            self.g(work, not first)
+        self.own(work, not first)
+        if self.active[not first]:
+            self.v(work, not first)
+            self.df(work, not first)
+        self.own(work, first)
+
+    def cross(self, work: Work, text: bool) -> None:
+        """U, G and V of one side into the workspace, and its dS_ab."""
+        self.problem.project(work, self.stats, text)
+        self.g(work, text)
+        self.v(work, text)
+        self.df(work, text)
+
+    def g(self, work: Work, text: bool) -> None:
+        problem = self.problem
+        columns = tiles(problem.length(text), problem.block("large_g", "J"))
+        programs = tiles(problem.length(text), problem.block("large_g", "I")) * columns
+        problem.launch(
+            large_g_kernel, "large_g", programs, *self.shared, work, problem.n_heads, int(text), columns, programs,
+            KIND=problem.kind,
+        )  # fmt: skip
+
+    def v(self, work: Work, text: bool) -> None:
+        problem = self.problem
+        columns = tiles(problem.length(not text), problem.block("large_v", "C"))
+        programs = tiles(problem.length(text), problem.block("large_v", "I")) * columns
+        problem.launch(
+            large_v_kernel, "large_v", programs, self.stats, work, problem.n_heads, int(text), columns, programs,
+            KIND=problem.kind,
+        )  # fmt: skip
+
+    def df(self, work: Work, text: bool) -> None:
+        problem = self.problem
+        columns = tiles(problem.length(not text), problem.block("large_cross", "C"))
+        columns = 1 if problem.kind == "softmax" else columns
+        programs = tiles(problem.length(text), problem.block("large_cross", "J")) * columns
+        problem.launch(
+            large_cross_kernel, "large_cross", programs, self.stats, work, problem.n_heads, self.tv, self.vt, int(text),
+            columns, programs, KIND=problem.kind,
+        )  # fmt: skip
 
 
 def scores_backward(
     grad_loss: Tensor, inputs: list[Tensor], saved: list[Tensor], spans: Spans, options: Options
 ) -> list[Tensor]:
-    """d sum(grad_loss loss) / d input: contiguous, in the inputs' dtype, exactly 0 outside the spans."""
+    """d sum(grad_loss loss) / d input: contiguous, in the inputs' dtype, exactly 0 outside the spans.
+
+    Small spans: three launches. Large ones: at most ten, one side after the other.
+    """
     problem = Problem(inputs, spans, options)
     grads = new_gradients(inputs, spans)
-    if not problem.count or not spans.n_text or not spans.n_vision:
-        return grads
-    (stats,) = saved
-    tt, tv, vt, vv = grads * 4 if len(grads) == 1 else grads
-    work = torch.empty(problem.count, 4, spans.n_text * spans.n_vision, dtype=torch.float32, device=problem.device)
-    grad_x = options.stop_gradient != "projection"
-    grad_y = options.stop_gradient != "target"
-    common = (
-        *problem.blocks, problem.spans, problem.scaling, grad_loss, *grad_loss.stride(), stats, work,
-    )  # fmt: skip
-    size = dict(BLOCK_K=32, BLOCK_B=128)
-    backward_rows_kernel[(problem.tiles(32),)](
-        *common, problem.n_heads, **problem.flags, GRAD_X=grad_x, BLOCK_I=32, BLOCK_J=32, **size
-    )
-    if grad_x:
-        backward_cross_kernel[(problem.tiles(32),)](
-            *common, tv, vt, problem.n_heads, **problem.flags, BLOCK_I=32, BLOCK_J=32, **size
-        )
-    backward_own_kernel[(problem.tiles(32),)](
-        *common, tt, vv, problem.n_heads, **problem.flags, GRAD_X=grad_x, GRAD_Y=grad_y, BLOCK_I=32, **size
-    )
+    if not problem.empty:
+        backward = Backward(grad_loss, saved[0], problem, options, grads)
+        backward.small() if problem.small else backward.large()
     return grads

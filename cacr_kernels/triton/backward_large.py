@@ -1,0 +1,195 @@
+"""Backward for large spans, one side at a time: G [n_a, n_a] is kept in the workspace, then two products a launch.
+
+With G = scale dX:  V = G F,  dF = V S_bb^T + G^T U,  dS_ab = dF  (F = S_ab, U = F S_bb; kind "softmax": see backward.py).
+The own blocks are left to backward_own_kernel. Order and workspace: see scores.py.
+"""
+
+# mypy: allow-untyped-defs
+# ruff: noqa: RUF059
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .backward import UNSPECIALIZED
+from .common import (
+    Matrix,
+    dot,
+    load_factor,
+    load_grad_loss,
+    load_tile,
+    open_gradient,
+    open_side,
+    open_u,
+    open_v,
+    store_tile,
+)
+from .products import projected_tile
+from .rows import load_rows, rows_gradient, side_scale, target_logits
+
+
+@triton.jit
+def open_g(work, side, i_problem):
+    """G [n_a, n_a] of the side at work."""
+    p = work.p + i_problem.to(tl.int64) * work.s_problem.to(tl.int64) + work.g.to(tl.int64)
+    s_r = tl.where(side.is_text, work.n_text, work.n_vision).to(tl.int64)
+    return Matrix(p, s_r, 1, side.n_a, side.n_a, p, 0)
+
+
+@triton.jit(do_not_specialize=[*UNSPECIALIZED, "is_text", "n_tiles_j", "n_tiles"])
+def large_g_kernel(
+    tt,  # Block: S_tt [B, H, T, T]
+    tv,  # Block: S_tv [B, H, T, R]
+    vt,  # Block: S_vt [B, H, R, T]
+    vv,  # Block: S_vv [B, H, R, R]
+    spans,  # SpanArgs
+    scaling,  # Scaling
+    grad_loss,  # [B, H]
+    s_g_b,
+    s_g_h,
+    stats,  # float32 [B * H, 8, T + R]
+    work,  # Work
+    n_heads,
+    is_text,
+    n_tiles_j,  # tiles along a row of G
+    n_tiles,  # tiles of G
+    KIND: tl.constexpr,
+    DOT: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """G = scale grad_loss dX of one side, one tile [I, J] a program."""
+    i_problem = tl.program_id(0) // n_tiles
+    i_tile = tl.program_id(0) % n_tiles
+    side = open_side(tt, tv, vt, vv, spans, stats, i_problem, n_heads, is_text)
+    scale, weight, active = side_scale(scaling, side)
+    i_0 = (i_tile // n_tiles_j) * BLOCK_I
+    j_0 = (i_tile % n_tiles_j) * BLOCK_J
+    if (i_0 < side.n_a) & (j_0 < side.n_a):
+        o_i = i_0 + tl.arange(0, BLOCK_I)
+        o_j = j_0 + tl.arange(0, BLOCK_J)
+        g = load_grad_loss(grad_loss, s_g_b, s_g_h, i_problem, n_heads) * weight * scale
+        m_u = open_u(work, side, i_problem)
+        m_x, l_x, m_y, l_y, e_p, e_q = load_rows(side, o_i)
+        b_x = projected_tile(side, m_u, o_i, o_j, KIND, DOT, UNIT, BLOCK_I, BLOCK_J, BLOCK_K) * scale
+        b_y = target_logits(load_tile(side.own, o_i, o_j, UNIT, DOT), KIND)
+        inside = (o_i < side.n_a)[:, None] & (o_j < side.n_a)[None, :]
+        b_dx, b_dy = rows_gradient(b_x, b_y, m_x, l_x, m_y, l_y, e_p, e_q, inside)
+        store_tile(open_g(work, side, i_problem), b_dx * g, o_i, o_j)
+
+
+@triton.jit(
+    do_not_specialize=["tt", "tv", "vt", "vv", "spans", "stats", "work", "n_heads", "is_text", "n_tiles_c", "n_tiles"]
+)
+def large_v_kernel(
+    tt,  # Block: S_tt [B, H, T, T]
+    tv,  # Block: S_tv [B, H, T, R]
+    vt,  # Block: S_vt [B, H, R, T]
+    vv,  # Block: S_vv [B, H, R, R]
+    spans,  # SpanArgs
+    stats,  # float32 [B * H, 8, T + R]
+    work,  # Work
+    n_heads,
+    is_text,
+    n_tiles_c,  # tiles along n_b
+    n_tiles,  # tiles of V
+    KIND: tl.constexpr,
+    DOT: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """V = G F [n_a, n_b] of one side, one tile [I, C] a program."""
+    i_problem = tl.program_id(0) // n_tiles
+    i_tile = tl.program_id(0) % n_tiles
+    side = open_side(tt, tv, vt, vv, spans, stats, i_problem, n_heads, is_text)
+    i_0 = (i_tile // n_tiles_c) * BLOCK_I
+    c_0 = (i_tile % n_tiles_c) * BLOCK_C
+    if (i_0 < side.n_a) & (c_0 < side.n_b):
+        o_i = i_0 + tl.arange(0, BLOCK_I)
+        o_c = c_0 + tl.arange(0, BLOCK_C)
+        m_g = open_g(work, side, i_problem)
+        b_v = tl.zeros([BLOCK_I, BLOCK_C], tl.float32)
+        for k in range(0, side.n_a, BLOCK_K):
+            # V += G F: [I, C] += [I, K] [K, C]
+            o_k = k + tl.arange(0, BLOCK_K)
+            b_g = load_tile(m_g, o_i, o_k, True, DOT)
+            b_v = dot(b_g, load_factor(side.cross, o_k, o_c, KIND, UNIT, DOT), b_v, DOT)
+        store_tile(open_v(work, side, i_problem), b_v, o_i, o_c)
+
+
+@triton.jit
+def cross_tile(
+    side, m_g, m_u, m_v, o_j, o_c, KIND: tl.constexpr, DOT: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_J: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """dF = G^T U + V S_bb^T: [J, C] = sum of [J, K] [K, C] over n_a, then over n_b."""
+    b_df = tl.zeros([BLOCK_J, BLOCK_C], tl.float32)
+    for k in range(0, side.n_a, BLOCK_K):
+        o_k = k + tl.arange(0, BLOCK_K)
+        b_g = load_tile(m_g, o_k, o_j, True, DOT)
+        b_df = dot(tl.trans(b_g), load_tile(m_u, o_k, o_c, True, DOT), b_df, DOT)
+    for k in range(0, side.n_b, BLOCK_K):
+        o_k = k + tl.arange(0, BLOCK_K)
+        b_s = load_factor(side.other, o_c, o_k, KIND, UNIT, DOT)
+        b_df = dot(load_tile(m_v, o_j, o_k, True, DOT), tl.trans(b_s), b_df, DOT)
+    return b_df
+
+
+@triton.jit(
+    do_not_specialize=[
+        "tt", "tv", "vt", "vv", "spans", "stats", "work", "n_heads", "grad_tv", "grad_vt", "is_text", "n_tiles_c", "n_tiles",
+    ]
+)  # fmt: skip
+def large_cross_kernel(
+    tt,  # Block: S_tt [B, H, T, T]
+    tv,  # Block: S_tv [B, H, T, R]
+    vt,  # Block: S_vt [B, H, R, T]
+    vv,  # Block: S_vv [B, H, R, R]
+    spans,  # SpanArgs
+    stats,  # float32 [B * H, 8, T + R]
+    work,  # Work
+    n_heads,
+    grad_tv,  # contiguous, shape and dtype of the input
+    grad_vt,  # contiguous, shape and dtype of the input
+    is_text,
+    n_tiles_c,  # programs along n_b: kind "softmax" 1, since it needs the sums of whole rows first
+    n_tiles,  # programs of dF
+    KIND: tl.constexpr,
+    DOT: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """dS_ab of one side from dF, tiles [J, C]; kind "softmax": P (dF - rowsum(P dF)), all C of a tile J in one program."""
+    i_problem = tl.program_id(0) // n_tiles
+    i_tile = tl.program_id(0) % n_tiles
+    side = open_side(tt, tv, vt, vv, spans, stats, i_problem, n_heads, is_text)
+    j_0 = (i_tile // n_tiles_c) * BLOCK_J
+    if j_0 < side.n_a:
+        o_j = j_0 + tl.arange(0, BLOCK_J)
+        m_g = open_g(work, side, i_problem)
+        m_u = open_u(work, side, i_problem)
+        m_v = open_v(work, side, i_problem)
+        grad = tl.where(is_text != 0, grad_tv, grad_vt)
+        m_d = open_gradient(grad, spans, i_problem, n_heads, is_text != 0, is_text == 0, side.n_a, side.n_b)
+        if KIND == "softmax":
+            b_sum = tl.zeros([BLOCK_J], tl.float32)
+            for c in range(0, side.n_b, BLOCK_C):
+                o_c = c + tl.arange(0, BLOCK_C)
+                b_df = cross_tile(side, m_g, m_u, m_v, o_j, o_c, KIND, DOT, UNIT, BLOCK_J, BLOCK_C, BLOCK_K)
+                b_sum += tl.sum(b_df * load_factor(side.cross, o_j, o_c, KIND, UNIT, DOT), 1)
+            for c in range(0, side.n_b, BLOCK_C):
+                o_c = c + tl.arange(0, BLOCK_C)
+                b_df = cross_tile(side, m_g, m_u, m_v, o_j, o_c, KIND, DOT, UNIT, BLOCK_J, BLOCK_C, BLOCK_K)
+                b_f = load_factor(side.cross, o_j, o_c, KIND, UNIT, DOT)
+                store_tile(m_d, b_f * (b_df - b_sum[:, None]), o_j, o_c)
+        else:
+            o_c = (i_tile % n_tiles_c) * BLOCK_C + tl.arange(0, BLOCK_C)
+            b_df = cross_tile(side, m_g, m_u, m_v, o_j, o_c, KIND, DOT, UNIT, BLOCK_J, BLOCK_C, BLOCK_K)
+            store_tile(m_d, b_df, o_j, o_c)

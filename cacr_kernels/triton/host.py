@@ -1,0 +1,93 @@
+"""What the host knows of one call: the kernels' common arguments, the launch table's plan, the workspace."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..problem import Options, Spans, block_limits
+from .common import Block, Scaling, SpanArgs, Work
+from .configs import INTERPRETER, SMALL, Plan, plan
+from .products import project_kernel
+
+
+@cache
+def _device_plan(index: int, dtype: str) -> Plan:
+    major, minor = torch.cuda.get_device_capability(index)
+    return plan(10 * major + minor, dtype)
+
+
+def plan_for(x: Tensor) -> Plan:
+    """The launch table's entry for the device and dtype of x; CPU tensors belong to the interpreter."""
+    if x.device.type != "cuda":
+        return INTERPRETER
+    return _device_plan(x.device.index, str(x.dtype).removeprefix("torch."))
+
+
+def tiles(n: int, block: int) -> int:
+    return -(-n // block)
+
+
+class Problem:
+    """The arguments every kernel takes, and the size of the problems: B * H of them, at most T by R."""
+
+    def __init__(self, inputs: list[Tensor], spans: Spans, options: Options) -> None:
+        first = inputs[0]
+        self.blocks = [Block(x, *x.stride()) for x in (inputs * 4 if len(inputs) == 1 else inputs)]
+        self.n_text, self.n_vision = spans.n_text, spans.n_vision
+        limit_text, limit_vision, disjoint = block_limits(inputs)
+        starts = (spans.text_start, spans.n_text, spans.vision_start, spans.n_vision)
+        self.spans = SpanArgs(spans.table, *starts, limit_text, limit_vision, int(disjoint))
+        self.scaling = Scaling(
+            float(options.projection_scale),
+            int(options.projection_mean),
+            int(options.row_mean),
+            int(options.text),
+            int(options.vision),
+        )
+        self.n_heads = first.shape[1]
+        self.count = first.shape[0] * first.shape[1]
+        self.device = first.device
+        self.plan: Plan = plan_for(first)
+        self.small = max(self.n_text, self.n_vision) <= SMALL
+        self.kind = options.kind
+        self.flags: dict[str, Any] = {"DOT": self.plan.dot, "UNIT": all(block.s_c == 1 for block in self.blocks)}
+
+    @property
+    def empty(self) -> bool:
+        return self.count == 0 or self.n_text == 0 or self.n_vision == 0
+
+    def length(self, text: bool) -> int:
+        return self.n_text if text else self.n_vision
+
+    def row_tiles(self, block: int) -> int:
+        """Row tiles of both sides of one problem."""
+        return tiles(self.n_text, block) + tiles(self.n_vision, block)
+
+    def workspace(self, size: int, **offsets: int) -> Work:
+        """``size`` float32 numbers a problem, and where U, V (by side) and G begin in them."""
+        p = torch.empty(self.count * size, dtype=torch.float32, device=self.device)
+        names = ("u_text", "u_vision", "v_text", "v_vision", "g")
+        return Work(p, size, self.n_text, self.n_vision, *(offsets.get(name, 0) for name in names))
+
+    def launch(self, kernel: Any, name: str, programs: int, *args: Any, **flags: Any) -> None:
+        """Launch ``kernel`` as the table says for ``name``, on ``programs`` programs a problem."""
+        entry = self.plan.kernels[name]
+        kernel[(self.count * programs,)](
+            *self.blocks, self.spans, *args, **self.flags, **flags, **entry.blocks,
+            num_warps=entry.num_warps, num_stages=entry.num_stages, enable_fp_fusion=True,
+        )  # fmt: skip
+
+    def block(self, name: str, axis: str) -> int:
+        return self.plan.kernels[name].blocks[f"BLOCK_{axis}"]
+
+    def project(self, work: Work, stats: Tensor, text: bool) -> None:
+        """Large spans: U of one side into the workspace."""
+        columns = tiles(self.length(not text), self.block("project", "C"))
+        programs = tiles(self.length(text), self.block("project", "I")) * columns
+        self.launch(
+            project_kernel, "project", programs, stats, work, self.n_heads, int(text), columns, programs, KIND=self.kind
+        )

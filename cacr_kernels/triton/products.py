@@ -1,0 +1,146 @@
+"""The tiles of the two products that every scores kernel shares: U = F S_bb and U F^T, and softmax row numbers.
+
+Every dot takes both factors from memory in chunks of BLOCK_K: whole rows of a factor do not fit in registers.
+"""
+
+# mypy: allow-untyped-defs
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .common import dot, load_factor, load_tile, open_side, open_u, store_tile
+
+
+@triton.jit
+def project_tile(
+    side, o_i, o_c, KIND: tl.constexpr, DOT: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """U = F S_bb: [I, C] = sum of [I, K] [K, C] over n_b."""
+    b_u = tl.zeros([BLOCK_I, BLOCK_C], tl.float32)
+    for k in range(0, side.n_b, BLOCK_K):
+        o_k = k + tl.arange(0, BLOCK_K)
+        b_f = load_factor(side.cross, o_i, o_k, KIND, UNIT, DOT)
+        b_s = load_factor(side.other, o_k, o_c, KIND, UNIT, DOT)
+        b_u = dot(b_f, b_s, b_u, DOT)
+    return b_u
+
+
+@triton.jit
+def project_rows(
+    side, m_u, o_i, KIND: tl.constexpr, DOT: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Write whole rows o_i of U to the workspace; every thread of the program sees them afterwards."""
+    for c in range(0, side.n_b, BLOCK_C):
+        o_c = c + tl.arange(0, BLOCK_C)
+        store_tile(m_u, project_tile(side, o_i, o_c, KIND, DOT, UNIT, BLOCK_I, BLOCK_C, BLOCK_K), o_i, o_c)
+    tl.debug_barrier()
+
+
+@triton.jit
+def projected_tile(
+    side, m_u, o_i, o_j, KIND: tl.constexpr, DOT: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """U F^T, that is X before its scale: [I, J] = sum of [I, K] [K, J] over n_b."""
+    b_x = tl.zeros([BLOCK_I, BLOCK_J], tl.float32)
+    for k in range(0, side.n_b, BLOCK_K):
+        o_k = k + tl.arange(0, BLOCK_K)
+        b_u = load_tile(m_u, o_i, o_k, True, DOT)
+        b_f = load_factor(side.cross, o_j, o_k, KIND, UNIT, DOT)
+        b_x = dot(b_u, tl.trans(b_f), b_x, DOT)
+    return b_x
+
+
+@triton.jit
+def row_softmax_numbers(
+    m, o_i, n_bound, UNIT: tl.constexpr, DOT: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr
+):
+    """Write the maximum and the sum of exp of rows o_i of a Matrix to its place for them, 0 from n_r to n_bound."""
+    b_m = tl.full([BLOCK_I], float("-inf"), tl.float32)
+    b_l = tl.zeros([BLOCK_I], tl.float32)
+    for j in range(0, m.n_c, BLOCK_J):
+        o_j = j + tl.arange(0, BLOCK_J)
+        b_s = load_tile(m, o_i, o_j, UNIT, DOT).to(tl.float32)
+        b_s = tl.where((o_j < m.n_c)[None, :], b_s, float("-inf"))
+        b_n = tl.maximum(b_m, tl.max(b_s, 1))
+        b_l = b_l * tl.exp(b_m - b_n) + tl.sum(tl.exp(b_s - b_n[:, None]), 1)
+        b_m = b_n
+    tl.store(m.p_n + o_i, tl.where(o_i < m.n_r, b_m, 0.0), mask=o_i < n_bound)
+    tl.store(m.p_n + m.s_n + o_i, tl.where(o_i < m.n_r, b_l, 0.0), mask=o_i < n_bound)
+
+
+@triton.jit
+def tile_softmax_numbers(
+    tt, tv, vt, vv, spans, stats, i_problem, n_heads, i_tile, n_text_tiles,
+    UNIT: tl.constexpr, DOT: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    """The softmax numbers of one tile of rows, of its own and of its cross block."""
+    is_text = i_tile < n_text_tiles
+    side = open_side(tt, tv, vt, vv, spans, stats, i_problem, n_heads, is_text)
+    n_bound = tl.where(is_text, spans.n_text, spans.n_vision)
+    o_i = tl.where(is_text, i_tile, i_tile - n_text_tiles) * BLOCK_I + tl.arange(0, BLOCK_I)
+    row_softmax_numbers(side.own, o_i, n_bound, UNIT, DOT, BLOCK_I, BLOCK_J)
+    row_softmax_numbers(side.cross, o_i, n_bound, UNIT, DOT, BLOCK_I, BLOCK_J)
+
+
+@triton.jit(do_not_specialize=["tt", "tv", "vt", "vv", "spans", "stats", "n_heads"])
+def numbers_kernel(
+    tt,  # Block: S_tt [B, H, T, T]
+    tv,  # Block: S_tv [B, H, T, R]
+    vt,  # Block: S_vt [B, H, R, T]
+    vv,  # Block: S_vv [B, H, R, R]
+    spans,  # SpanArgs
+    stats,  # float32 [B * H, 8, T + R]
+    n_heads,
+    UNIT: tl.constexpr,
+    DOT: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+):
+    """Kind "softmax", large spans: row maxima and sums of exp of all four blocks, one tile of rows a program."""
+    n_text_tiles = tl.cdiv(spans.n_text, BLOCK_I)
+    n_tiles = n_text_tiles + tl.cdiv(spans.n_vision, BLOCK_I)
+    i_problem = tl.program_id(0) // n_tiles
+    i_tile = tl.program_id(0) % n_tiles
+    tile_softmax_numbers(
+        tt, tv, vt, vv, spans, stats, i_problem, n_heads, i_tile, n_text_tiles, UNIT, DOT, BLOCK_I, BLOCK_J
+    )
+
+
+@triton.jit(
+    do_not_specialize=["tt", "tv", "vt", "vv", "spans", "stats", "work", "n_heads", "is_text", "n_tiles_c", "n_tiles"]
+)
+def project_kernel(
+    tt,  # Block: S_tt [B, H, T, T]
+    tv,  # Block: S_tv [B, H, T, R]
+    vt,  # Block: S_vt [B, H, R, T]
+    vv,  # Block: S_vv [B, H, R, R]
+    spans,  # SpanArgs
+    stats,  # float32 [B * H, 8, T + R]
+    work,  # Work
+    n_heads,
+    is_text,
+    n_tiles_c,  # tiles along n_b
+    n_tiles,  # tiles of U
+    KIND: tl.constexpr,
+    DOT: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Large spans: U = F S_bb [n_a, n_b] of one side, one tile a program."""
+    i_problem = tl.program_id(0) // n_tiles
+    i_tile = tl.program_id(0) % n_tiles
+    side = open_side(tt, tv, vt, vv, spans, stats, i_problem, n_heads, is_text)
+    i_0 = (i_tile // n_tiles_c) * BLOCK_I
+    c_0 = (i_tile % n_tiles_c) * BLOCK_C
+    if (i_0 < side.n_a) & (c_0 < side.n_b):
+        o_i = i_0 + tl.arange(0, BLOCK_I)
+        o_c = c_0 + tl.arange(0, BLOCK_C)
+        b_u = project_tile(side, o_i, o_c, KIND, DOT, UNIT, BLOCK_I, BLOCK_C, BLOCK_K)
+        store_tile(open_u(work, side, i_problem), b_u, o_i, o_c)
