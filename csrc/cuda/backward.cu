@@ -1,0 +1,54 @@
+// Launches of the backward: fill once; then per chunk rows and blocks, between row softmax and its Jacobian for kind softmax.
+#include "backward_blocks.cuh"
+#include "fill.cuh"
+
+#include "launch.cuh"
+#include "row_softmax.cuh"
+
+namespace cacr {
+
+static int fill(const Problem& problem) {
+    const i64 longest = larger(problem.spans.limit_text, problem.spans.limit_vision);
+    return launch(cacr_fill_kernel, problem.batch * problem.heads, ceil_div(longest, kFillRows), problem.single ? 1 : 4,
+                  kThreads, problem.stream, problem);
+}
+
+// F: type of the factors of the products.
+template <typename F>
+static int backward(const Problem& problem, i64 first, i64 count) {
+    const i64 longest = larger(problem.spans.n_text, problem.spans.n_vision);
+    const int tiles = ceil_div(longest, kTile);
+    const int row_groups = ceil_div(longest, kWarpsPerBlock);
+    const bool softmax = problem.options.kind == Kind::softmax;
+    int error = 0;
+    if (softmax)
+        error = launch(cacr_row_softmax_kernel, count, row_groups, 4, kThreads, problem.stream, problem, first, 0);
+    if (!error)
+        error = launch(cacr_backward_rows_kernel<F>, count, tiles, 2, kThreads, problem.stream, problem, first);
+    if (!error)
+        error = launch(cacr_backward_blocks_kernel<F>, count, tiles * tiles, 4, kThreads, problem.stream, problem, first);
+    if (!error && softmax)
+        error = launch(cacr_softmax_gradient_kernel, count, row_groups, 4, kThreads, problem.stream, problem, first);
+    return error;
+}
+
+i64 cacr_backward_workspace_cuda(const Problem& problem) {
+    return (i64)sizeof(float) * larger(1, backward_floats(problem));
+}
+
+int cacr_backward_cuda(const Problem& problem) {
+    const DeviceScope scope(problem.device);
+    if (scope.error()) return scope.error();
+    if (problem.batch * problem.heads == 0 || problem.spans.limit_text + problem.spans.limit_vision == 0) return 0;
+    const int error = fill(problem);
+    if (error || problem.spans.n_text == 0 || problem.spans.n_vision == 0) return error;
+    return for_chunks(problem, cacr_backward_workspace_cuda(problem), [&](i64 first, i64 count) {
+        switch (problem.options.kind == Kind::softmax ? DType::f32 : problem.dtype) {
+            case DType::f16: return backward<Half>(problem, first, count);
+            case DType::bf16: return backward<Bfloat16>(problem, first, count);
+            default: return backward<float>(problem, first, count);
+        }
+    });
+}
+
+}  // namespace cacr

@@ -1,0 +1,40 @@
+// Launches of the forward. At most three kernels a chunk: row softmax (kind softmax), projection and comparison, loss.
+#include "forward.cuh"
+
+#include "launch.cuh"
+
+namespace cacr {
+
+// F: type of the factors of the products.
+template <typename F>
+static int forward(const Problem& problem, i64 first, i64 count) {
+    const i64 longest = larger(problem.spans.n_text, problem.spans.n_vision);
+    int error = 0;
+    if (problem.spans.n_text > 0 && problem.spans.n_vision > 0) {
+        if (problem.options.kind == Kind::softmax)
+            error = launch(cacr_row_softmax_kernel, count, ceil_div(longest, kWarpsPerBlock), 4, kThreads,
+                           problem.stream, problem, first, 1);
+        if (!error)
+            error = launch(cacr_forward_kernel<F>, count, ceil_div(longest, kTile), 2, kThreads, problem.stream, problem,
+                           first);
+    }
+    return error ? error : launch(cacr_loss_kernel, count, 1, 1, kWarp, problem.stream, problem, first);
+}
+
+i64 cacr_forward_workspace_cuda(const Problem& problem) {
+    return (i64)sizeof(float) * larger(1, forward_floats(problem));
+}
+
+int cacr_forward_cuda(const Problem& problem) {
+    const DeviceScope scope(problem.device);
+    if (scope.error()) return scope.error();
+    return for_chunks(problem, cacr_forward_workspace_cuda(problem), [&](i64 first, i64 count) {
+        switch (problem.options.kind == Kind::softmax ? DType::f32 : problem.dtype) {
+            case DType::f16: return forward<Half>(problem, first, count);
+            case DType::bf16: return forward<Bfloat16>(problem, first, count);
+            default: return forward<float>(problem, first, count);
+        }
+    });
+}
+
+}  // namespace cacr

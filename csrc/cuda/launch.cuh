@@ -1,0 +1,63 @@
+// Host side of a launch: grid, stream, device, errors. The emulation provides the same names.
+#pragma once
+
+#include "cuda_api.h"
+#include "primitives.cuh"
+
+#if defined(__CUDACC__)
+
+#include <cuda_runtime.h>
+
+namespace cacr {
+
+constexpr int kInvalidValue = cudaErrorInvalidValue;
+
+// Makes the problem's device current for its lifetime.
+class DeviceScope {
+  public:
+    explicit DeviceScope(int device) {
+        error_ = cudaGetDevice(&previous_);
+        if (error_ == cudaSuccess && previous_ != device) error_ = cudaSetDevice(device);
+    }
+    ~DeviceScope() {
+        if (error_ == cudaSuccess) cudaSetDevice(previous_);
+    }
+    DeviceScope(const DeviceScope&) = delete;
+    DeviceScope& operator=(const DeviceScope&) = delete;
+    int error() const { return error_; }
+
+  private:
+    int previous_ = 0;
+    cudaError_t error_;
+};
+
+template <typename... Params, typename... Args>
+int launch(void (*kernel)(Params...), i64 x, int y, int z, int threads, void* stream, const Args&... args) {
+    kernel<<<dim3((unsigned)x, (unsigned)y, (unsigned)z), threads, 0, (cudaStream_t)stream>>>(args...);
+    return cudaGetLastError();
+}
+
+}  // namespace cacr
+
+#endif
+
+namespace cacr {
+
+inline int ceil_div(i64 a, i64 b) { return (int)((a + b - 1) / b); }
+
+inline i64 larger(i64 a, i64 b) { return a > b ? a : b; }
+
+// Calls step(first, count) for the batch in chunks of as many problems as the workspace holds, up to the first error.
+template <typename Step>
+int for_chunks(const Problem& problem, i64 bytes_each, Step step) {
+    const i64 total = problem.batch * problem.heads;
+    const i64 chunk = bytes_each > 0 ? problem.workspace_bytes / bytes_each : total;
+    if (chunk < 1 && total > 0) return kInvalidValue;
+    for (i64 first = 0; first < total; first += chunk) {
+        const int error = step(first, total - first < chunk ? total - first : chunk);
+        if (error) return error;
+    }
+    return 0;
+}
+
+}  // namespace cacr
