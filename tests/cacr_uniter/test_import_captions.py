@@ -53,7 +53,10 @@ def vocab(tmp_path: Path) -> Path:
 def test_captions(dataset: str, names: list[str], vocab: Path, tmp_path: Path) -> None:
     steps: list[tuple[int, int]] = []
     reports = import_captions(
-        karpathy(tmp_path, dataset), tmp_path / "txt", vocab, progress=lambda done, total: steps.append((done, total))
+        karpathy(tmp_path, dataset),
+        tmp_path / "txt",
+        vocab,
+        progress=lambda what, done, total: steps.append((done, total)),
     )
     assert list(reports) == ["train", "val"]
     assert steps == [(1, 2), (2, 2)]

@@ -2,7 +2,10 @@
 
 import base64
 import json
+import multiprocessing
+import os
 import pickle
+import signal
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -189,7 +192,7 @@ def test_import(case: str, tmp_path: Path) -> None:
         tmp_path / "img",
         names="flickr30k",
         labels=tmp_path / "predictions.tsv" if kind == "vinvl-tsv" else None,
-        progress=lambda done, total: steps.append((done, total)),
+        progress=lambda unit, done, total: steps.append((done, total)),
     )
     assert report.images == 3
     assert report.swapped_size is (case == "lxmert, sides exchanged")
@@ -231,16 +234,37 @@ def test_options(tmp_path: Path) -> None:
     np.testing.assert_array_equal(record["soft_labels"][:, :1], record["conf"])
 
 
-def test_an_interrupted_import_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cacr_uniter.data.lmdb_store.COMMIT_EVERY", 2)
-    source = lxmert_tsv(tmp_path)
+def kill(source: Path, out: Path) -> None:
+    """Imports in a child process that ends without any clean-up at the last row."""
 
-    def interrupt(done: int, total: int) -> None:
+    def die(unit: str, done: int, total: int) -> None:
+        if done == total:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    child = multiprocessing.get_context("fork").Process(
+        target=import_features, args=("lxmert-tsv", source, out), kwargs={"progress": die}
+    )
+    child.start()
+    child.join(timeout=60)
+    assert child.exitcode == -signal.SIGKILL
+
+
+def interrupt(source: Path, out: Path) -> None:
+    def stop(unit: str, done: int, total: int) -> None:
         if done == total:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        import_features("lxmert-tsv", source, tmp_path / "img", progress=interrupt)
+        import_features("lxmert-tsv", source, out, progress=stop)
+
+
+@pytest.mark.parametrize("end", [interrupt, kill])
+def test_an_interrupted_import_goes_on(
+    end: Callable[[Path, Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cacr_uniter.data.lmdb_store.COMMIT_EVERY", 2)
+    source = lxmert_tsv(tmp_path)
+    end(source, tmp_path / "img")
     assert [entry.name for entry in (tmp_path / "img").iterdir()] == ["feat_th0.2_max100_min10.partial"]
     with pytest.raises(UserError, match="interrupted import of another source"):
         import_features("lxmert-tsv", source, tmp_path / "img", limit=1)

@@ -316,6 +316,46 @@ def damaged_image(data: bytes) -> list[bytes]:
     ]
 
 
+def mutated(data: bytes, generator: np.random.Generator) -> bytes:
+    """The bytes with a few of them changed, lost or added."""
+    damaged = bytearray(data)
+    for _ in range(generator.integers(1, 4)):
+        at = int(generator.integers(len(damaged)))
+        change = generator.integers(3)
+        if change == 0:
+            damaged[at] ^= 1 << int(generator.integers(8))
+        elif change == 1:
+            del damaged[at : at + int(generator.integers(1, 6))]
+        else:
+            damaged[at:at] = generator.bytes(3)
+    return bytes(damaged)
+
+
+def test_any_damage_is_a_value_error() -> None:
+    generator = np.random.default_rng(0)
+    text = lz4.frame.compress(msgpack.dumps({"input_ids": [1, 2], "img_fname": "a", "raw": "hello hello"}))
+    readers: list[tuple[Callable[[bytes], object], bytes]] = [
+        (codec.unpack_arrays, packed(image(0, size=2, dim=2))),
+        (codec.unpack_npz, compressed(image(0, size=2, dim=2))),
+        (codec.unpack_text, text),
+    ]
+    refused = 0
+    for read, data in readers:
+        read(data)
+        for _ in range(300):
+            try:
+                read(mutated(data, generator))
+            except ValueError:
+                refused += 1
+    assert refused > 300
+
+
+def test_a_compressed_bomb_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codec, "TEXT_LIMIT", 1 << 16)
+    with pytest.raises(ValueError, match="does not end"):
+        codec.unpack_text(lz4.frame.compress(b"\x00" * (1 << 20)))
+
+
 def test_damaged_records_are_one_sentence(text_folder: Path, tmp_path: Path) -> None:
     bad = {f"{index}.npz": data for index, data in enumerate(damaged_image(packed(image(0))))}
     published_folder(tmp_path / RULE_FOLDER, bad)

@@ -14,7 +14,7 @@ from cacr_uniter.data.image_db import ImageDB
 from cacr_uniter.data.text_db import TextDB
 from cacr_uniter.errors import UserError
 
-Progress = Callable[[int, int], None]
+Progress = Callable[[str, int, int], None]
 SHOWN = 10
 BOX_TOLERANCE = 4e-3
 
@@ -87,7 +87,7 @@ def _check_images(folder: Path, rule: BoxRule, progress: Progress | None) -> Che
         except UserError as error:
             report.problems.append(str(error))
         if progress is not None:
-            progress(done, len(names))
+            progress("images", done, len(names))
     if len(widths) > 1:
         report.problems.append(f"features of different widths: {sorted(widths)}")
     if not names:
@@ -115,7 +115,7 @@ def _check_texts(folder: Path, images: ImageDB | None, progress: Progress | None
         except UserError as error:
             report.problems.append(str(error))
         if progress is not None:
-            progress(done, len(database))
+            progress("captions", done, len(database))
     if upper and highest >= upper:
         report.problems.append(f"piece {highest} is beyond the vocabulary of {upper}")
     absent = [name for name in database.img2txts if images is not None and name not in images]
@@ -142,7 +142,7 @@ def check_database(
         folder: a text database (it has meta.json), or an image database or the folder that holds it.
         images: for a text database: the image database that should hold its images.
         rule: the box rule of an image database.
-        progress: called with (done, total) after every record.
+        progress: called with (what, done, total) after every record.
 
     Returns:
         The report; `report.ok` says whether the database is sound.

@@ -9,6 +9,7 @@ numbers.
 from __future__ import annotations
 
 import io
+import re
 import zipfile
 import zlib
 from pathlib import Path
@@ -19,15 +20,24 @@ import msgpack
 import numpy as np
 from numpy.lib import format as npy
 
-NUMERIC_KINDS = "fiub"
+NUMERIC_TYPE = re.compile(r"[<>|=]?[fiub]\d{1,2}")
+TEXT_LIMIT = 1 << 26
+NPZ_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, OSError, KeyError, MemoryError, RuntimeError)
 
 
-def _numeric_dtype(name: Any) -> np.dtype:
+def numeric_dtype(name: Any) -> np.dtype:
+    """The numpy type of a stored type code such as "<f2".
+
+    Raises:
+        ValueError: not a code of plain numbers.
+    """
     text = name.decode("ascii") if isinstance(name, bytes) else name
-    dtype = np.dtype(text) if isinstance(text, str) else None
-    if dtype is None or dtype.kind not in NUMERIC_KINDS:
+    if not isinstance(text, str) or not NUMERIC_TYPE.fullmatch(text):
         raise ValueError(f"array of type {name!r} refused: only plain numbers are read, never Python objects")
-    return dtype
+    try:
+        return np.dtype(text)
+    except TypeError as error:
+        raise ValueError(f"array of type {name!r} refused: no such type of numbers") from error
 
 
 def _decode_array(item: dict[Any, Any]) -> Any:
@@ -38,7 +48,7 @@ def _decode_array(item: dict[Any, Any]) -> Any:
     kind = fields.get("kind", b"")
     if kind not in (b"", ""):
         raise ValueError(f"array of kind {kind!r} refused: only plain numbers are read, never Python objects")
-    dtype = _numeric_dtype(fields.get("type"))
+    dtype = numeric_dtype(fields.get("type"))
     data = fields.get("data")
     if not isinstance(data, bytes):
         raise ValueError(f"array data: expected bytes, got {type(data).__name__}")
@@ -54,7 +64,7 @@ def _decode_array(item: dict[Any, Any]) -> Any:
 def _encode_array(value: Any) -> Any:
     """msgpack default: the inverse of `_decode_array`."""
     if isinstance(value, (np.ndarray, np.generic)):
-        dtype = _numeric_dtype(value.dtype.str)
+        dtype = numeric_dtype(value.dtype.str)
         if isinstance(value, np.ndarray):
             data = np.ascontiguousarray(value).tobytes()
             return {b"nd": True, b"type": dtype.str, b"kind": b"", b"shape": list(value.shape), b"data": data}
@@ -128,7 +138,7 @@ def unpack_npz(source: bytes | str | Path, skip_objects: bool = False) -> dict[s
                     raise ValueError(f"array {name!r} holds Python objects: refused, only plain numbers are read")
     except FileNotFoundError:
         raise
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, KeyError, NotImplementedError, RuntimeError) as error:
+    except NPZ_ERRORS as error:
         raise ValueError(f"damaged npz archive ({error or type(error).__name__})") from error
     return arrays
 
@@ -144,7 +154,11 @@ def unpack_text(data: bytes) -> dict[str, Any]:
     Raises:
         ValueError: not a whole LZ4 frame, or not a msgpack map with string keys inside.
     """
+    frame = lz4.frame.LZ4FrameDecompressor()
     try:
-        return unpack_arrays(lz4.frame.decompress(data))
-    except RuntimeError as error:
+        content = frame.decompress(data, max_length=TEXT_LIMIT)
+    except (RuntimeError, MemoryError) as error:
         raise ValueError(f"damaged LZ4 frame ({error})") from error
+    if not frame.eof:
+        raise ValueError("damaged LZ4 frame (it does not end)")
+    return unpack_arrays(content)

@@ -7,6 +7,7 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -99,28 +100,33 @@ class Reader:
             )
         return environment
 
+    @contextmanager
+    def _reading(self, what: str) -> Iterator[lmdb.Transaction]:
+        try:
+            with self.environment().begin() as transaction:
+                yield transaction
+        except lmdb.Error as error:
+            raise UserError(f"database {self.folder}: {what} cannot be read ({error}); copy it again") from error
+
     def get(self, key: str) -> bytes:
         """The stored bytes.
 
         Raises:
             UserError: no such record, or LMDB reports damage.
         """
-        try:
-            with self.environment().begin() as transaction:
-                value = transaction.get(key.encode("utf-8"))
-        except lmdb.Error as error:
-            raise UserError(f"database {self.folder}: record {key!r} cannot be read ({error})") from error
+        with self._reading(f"record {key!r}") as transaction:
+            value = transaction.get(key.encode("utf-8"))
         if value is None:
             raise UserError(f"database {self.folder}: no record {key!r}; do text and image database belong together?")
-        return value
+        return bytes(value)
 
     def __contains__(self, key: str) -> bool:
-        with self.environment().begin() as transaction:
+        with self._reading(f"record {key!r}") as transaction:
             return bool(transaction.cursor().set_key(key.encode("utf-8")))
 
     def all_keys(self) -> Iterator[str]:
         """All keys in LMDB's order."""
-        with self.environment().begin() as transaction:
+        with self._reading("list of records") as transaction:
             for key in transaction.cursor().iternext(keys=True, values=False):
                 yield bytes(key).decode("utf-8")
 

@@ -16,7 +16,7 @@ from cacr_uniter.errors import UserError
 PUBLISHED_SIZES = {
     "flickr30k": {"train": (29_000, 145_000), "val": (1_014, 5_070), "test": (1_000, 5_000)},
 }
-Progress = Callable[[int, int], None]
+Progress = Callable[[str, int, int], None]
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def import_captions(
         names: how npz names are made of file names, see `image_namer`; "auto" follows the JSON's `dataset`.
         splits: splits to write; None: all.
         lowercase: see `WordPieceTokenizer`.
-        progress: called with (images done, images in all).
+        progress: called with ("images", done, total) after every image.
 
     Returns:
         For each split: folder, images, captions, longest caption, and a note where the published counts differ.
@@ -110,7 +110,7 @@ def import_captions(
                     raise UserError(f"captions {path}: image {where} is not as expected ({error!r})") from error
                 done += 1
                 if progress is not None:
-                    progress(done, total)
+                    progress("images", done, total)
             longest = writer.longest
         reports[split] = {
             "folder": str(folder),

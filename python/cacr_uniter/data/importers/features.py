@@ -33,7 +33,7 @@ FORMATS = ("butd-tsv", "lxmert-tsv", "vinvl-tsv", "milvlg-npz", "uniter-npz", "h
 PROBE = 64
 FINGERPRINT_BYTES = 1 << 20
 SOURCE_NOTE = "source.json"
-Progress = Callable[[int, int], None]
+Progress = Callable[[str, int, int], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,7 +208,7 @@ def import_features(
         soft_labels: keep class probabilities, which only pre-training reads.
         skip_bad: leave damaged images out and report them, instead of stopping.
         limit: import only the first so many rows.
-        progress: called with (done, total) after every row, in bytes or images.
+        progress: called with (unit, done, total) after every row; the unit is "bytes" or "images".
 
     Returns:
         The report.
@@ -230,7 +230,7 @@ def import_features(
         for item in itertools.islice(reader, limit):
             run.take(item if soft_labels else _without_labels(item))
             if progress is not None:
-                progress(item.done, reader.total)
+                progress(reader.unit, item.done, reader.total)
         if not writer.counts:
             raise UserError(
                 f"features {path}: no image could be imported; {'; '.join(run.skipped[:1]) or 'it is empty'}"

@@ -20,10 +20,8 @@ from cacr_uniter.errors import UserError
 
 
 def _open(path: Path) -> Any:
-    try:
-        import h5py
-    except ImportError as error:
-        raise UserError("HDF5 features need the package h5py: pip install h5py") from error
+    import h5py
+
     try:
         return h5py.File(path, "r")
     except OSError as error:
@@ -47,6 +45,7 @@ def _read_ids(path: Path, ids: Path | None) -> dict[str, int]:
 class _Hdf5:
     """Common part: datasets, ids, iteration in the order of rows."""
 
+    unit = "images"
     names: tuple[str, ...] = ("image_features", "spatial_features")
 
     def __init__(self, path: Path, ids: Path | None = None) -> None:

@@ -20,6 +20,8 @@ from cacr_uniter.errors import UserError
 class _Folder:
     """The npz files below a folder, in the order of their names."""
 
+    unit = "images"
+
     def __init__(self, path: Path) -> None:
         if not path.is_dir():
             raise UserError(f"features {path}: expected a folder of npz files")

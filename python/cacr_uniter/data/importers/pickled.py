@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from cacr_uniter.data.codec import NUMERIC_KINDS
+from cacr_uniter.data.codec import numeric_dtype
 
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 NUMBERS = ("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT")
@@ -48,10 +48,7 @@ class _Type:
     order: str = "|"
 
     def dtype(self) -> np.dtype:
-        dtype = np.dtype((self.order if self.order in ("<", ">") else "") + self.code.lstrip("<>=|"))
-        if dtype.kind not in NUMERIC_KINDS:
-            raise ValueError(f"pickled array of type {self.code} refused: only plain numbers are read")
-        return dtype
+        return numeric_dtype((self.order if self.order in ("<", ">") else "") + self.code.lstrip("<>=|"))
 
 
 def _as_bytes(value: Any) -> bytes:

@@ -55,8 +55,9 @@ class Item(NamedTuple):
 
 
 class Source(Protocol):
-    """A file or folder of region features, read as a stream."""
+    """A file or folder of region features, read as a stream; `total` counts in `unit`, "bytes" or "images"."""
 
+    unit: str
     total: int
 
     def __iter__(self) -> Iterator[Item]: ...

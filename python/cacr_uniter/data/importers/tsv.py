@@ -96,6 +96,8 @@ def _columns(fields: list[str], names: tuple[str, ...]) -> dict[str, str]:
 class ButdTsv:
     """image_id, image_w, image_h, num_boxes, boxes [n, 4] in pixels, features [n, d]; no header, no confidences."""
 
+    unit = "bytes"
+
     def __init__(self, path: Path) -> None:
         self._lines = Lines(path)
         self.total = self._lines.total
@@ -119,6 +121,8 @@ class LxmertTsv:
     """As BUTD, with height before width, object and attribute classes and confidences; VOLTA adds class
     probabilities.
     """
+
+    unit = "bytes"
 
     def __init__(self, path: Path) -> None:
         self._lines = Lines(path)
@@ -152,6 +156,8 @@ class VinvlTsv:
         path: the feature file.
         labels: the predictions file, or None.
     """
+
+    unit = "bytes"
 
     def __init__(self, path: Path, labels: Path | None = None) -> None:
         self._lines = Lines(path)
