@@ -85,6 +85,16 @@ def test_length_filter(databases: tuple[TextDB, ImageDB]) -> None:
         RetrievalDataset(*databases, max_positions=6)
 
 
+def test_restricted(databases: tuple[TextDB, ImageDB]) -> None:
+    dataset = RetrievalDataset(*databases)
+    part = dataset.restricted([3, 1])
+    assert part.caption_ids == ["13", "11"]
+    assert part.image_names == ["c.npz", "a.npz"]
+    assert part.txt2img == {"13": "c.npz", "11": "a.npz"}
+    assert dataset.caption_ids == list(TEXTS)
+    assert torch.equal(part.batch([("11", "a.npz")]).input_ids, dataset.batch([("11", "a.npz")]).input_ids)
+
+
 def test_pickled_dataset_reads_the_same(databases: tuple[TextDB, ImageDB]) -> None:
     dataset = RetrievalDataset(*databases)
     pair = [("12", "b.npz")]

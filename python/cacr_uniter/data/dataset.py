@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 from cacr_uniter.data.batch import Batch, collate
@@ -35,7 +36,8 @@ class RetrievalDataset:
     ) -> None:
         self.text_db = text_db
         self.image_db = image_db
-        self.caption_ids = text_db.ids(max_text_length)
+        self._texts: dict[str, list[int]] = {}
+        self._use(text_db.ids(max_text_length))
         if not self.caption_ids:
             raise UserError(f"text database {text_db.folder}: no caption of at most {max_text_length} word pieces")
         longest = max(text_db.lengths[caption_id] for caption_id in self.caption_ids)
@@ -44,22 +46,31 @@ class RetrievalDataset:
                 f"text database {text_db.folder}: a caption has {longest} word pieces and the model takes "
                 f"{max_positions - 2}; set max_text_length"
             )
-        self.txt2img: dict[str, str] = {}
-        self.img2txts: dict[str, list[str]] = {}
-        for caption_id in self.caption_ids:
-            if caption_id not in text_db.txt2img:
-                raise UserError(f"text database {text_db.folder}: txt2img.json has no image for caption {caption_id!r}")
-            image = text_db.txt2img[caption_id]
-            self.txt2img[caption_id] = image
-            self.img2txts.setdefault(image, []).append(caption_id)
-        self.image_names = list(self.img2txts)
-        self._texts: dict[str, list[int]] = {}
         absent = [name for name in self.image_names if name not in image_db]
         if absent:
             raise UserError(
                 f"image database {image_db.folder}: {len(absent)} of {len(self.image_names)} images of the captions "
                 f"are missing, first {absent[0]!r}; do text and image database belong together?"
             )
+
+    def _use(self, caption_ids: list[str]) -> None:
+        self.caption_ids = caption_ids
+        self.txt2img: dict[str, str] = {}
+        self.img2txts: dict[str, list[str]] = {}
+        for caption_id in caption_ids:
+            if caption_id not in self.text_db.txt2img:
+                folder = self.text_db.folder
+                raise UserError(f"text database {folder}: txt2img.json has no image for caption {caption_id!r}")
+            image = self.text_db.txt2img[caption_id]
+            self.txt2img[caption_id] = image
+            self.img2txts.setdefault(image, []).append(caption_id)
+        self.image_names = list(self.img2txts)
+
+    def restricted(self, captions: Sequence[int]) -> RetrievalDataset:
+        """The captions at these positions of `caption_ids`, and their images, on the same databases."""
+        part = copy.copy(self)
+        part._use([self.caption_ids[position] for position in captions])
+        return part
 
     def __len__(self) -> int:
         return len(self.caption_ids)
