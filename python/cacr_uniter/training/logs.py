@@ -62,11 +62,12 @@ class RunLog:
 
     def write(self, record: dict[str, Any]) -> None:
         """Adds one record; its ``step`` counts finished steps."""
+        if self._file is None:
+            return
         self.history.append(record)
-        if self._file is not None:
-            with readable_errors(f"log {self._file.name}"):
-                self._file.write(json.dumps(record) + "\n")
-                self._file.flush()
+        with readable_errors(f"log {self._file.name}"):
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
         if self._events is not None:
             for name, value in record.items():
                 if name not in ("step", "event") and isinstance(value, int | float):

@@ -1,0 +1,110 @@
+"""Two processes (gloo) train like one on the same global batch, and only the first writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cacr_uniter.errors import UserError
+from cacr_uniter.training import checkpoint as checkpoints
+from cacr_uniter.training.checks import check
+from cacr_uniter.training.testing import small_config, small_run, synthetic_source
+from safetensors.torch import load_file
+
+FIELDS: dict[str, Any] = {
+    "model__dropout": 0.0,
+    "batch__anchors": 4,
+    "optim__steps": 4,
+    "optim__eps": 1e-2,
+    "run__checkpoint_every": 2,
+    "run__validate_every": 4,
+    "aux__sides": "alternate",
+}
+
+PROGRAM = """
+import json, os, sys
+from pathlib import Path
+from cacr_uniter.training.testing import *
+fields = json.loads(sys.argv[1])
+result = small_run(small_config(**fields), validation=synthetic_source(seed=1))
+path = Path(fields["out"]).parent / f"rank{os.environ['RANK']}.json"
+path.write_text(json.dumps([result.step, result.finished, str(result.checkpoint_path), len(result.history)]))
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def launch(out: Path, processes: int, **fields: Any) -> None:
+    """Runs the program on ``processes`` processes, as torchrun sets them up."""
+    common = {
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+    }
+    started = []
+    for rank in range(processes):
+        environment = os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        argument = json.dumps({"out": str(out)} | fields)
+        started.append(subprocess.Popen([sys.executable, "-c", PROGRAM, argument], env=environment))
+    assert [process.wait(300) for process in started] == [0] * processes
+
+
+def close(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> None:
+    assert len(one) == len(other)
+    for a, b in zip(one, other, strict=True):
+        for name in a:
+            if name not in ("event", "memory", "pairs_per_second", "seconds"):
+                assert a[name] == pytest.approx(b[name], rel=2e-5, abs=1e-7), (name, a["step"])
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a run of two processes."""
+    out = tmp_path_factory.mktemp("two") / "run"
+    launch(out, 2, **FIELDS)
+    return out
+
+
+def log(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def test_two_processes_train_like_one(tmp_path: Path, two: Path) -> None:
+    one = small_run(small_config(tmp_path / "one", **FIELDS), validation=synthetic_source(seed=1))
+    close(one.history, log(two))
+    weights = [load_file(run / "checkpoints/step-00000004" / checkpoints.MODEL) for run in (one.out, two)]
+    for name, value in weights[0].items():
+        torch.testing.assert_close(value, weights[1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_all_processes_return_the_result_and_the_first_one_writes(two: Path) -> None:
+    reports = [json.loads((two.parent / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    assert [report[:3] for report in reports] == [[4, True, str(two / "checkpoints/step-00000004")]] * 2
+    assert [report[3] for report in reports] == [5, 0]
+
+
+def test_a_run_of_two_processes_continues_on_one(tmp_path: Path, two: Path) -> None:
+    shutil.copytree(two, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints/step-00000004")
+    resumed = small_run(small_config(tmp_path / "run", **FIELDS), validation=synthetic_source(seed=1))
+    close(resumed.history, log(two))
+
+
+def test_anchors_must_divide_among_processes(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"batch\.anchors is 2 for 3 processes"):
+        check(small_config(tmp_path), 3)
