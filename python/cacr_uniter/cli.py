@@ -16,6 +16,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "data scenes": ("data_scenes", "write a scene data set: pictures, captions, features, Winoground-like test set"),
     "train": ("train", "fine-tune UNITER, with or without congruence regularisation"),
     "eval winoground": ("eval_winoground", "text, image and group scores of a checkpoint or a score file"),
+    "eval retrieval": ("eval_retrieval", "image and text retrieval recall of a checkpoint"),
+    "bench": ("bench", "kernels beside their peers, training cost, numerics, pictures; see cacr bench --help"),
 }
 """Command to (module of `cacr_uniter.commands`, summary)."""
 

@@ -75,10 +75,10 @@ def show(report: dict[str, Any], wanted: Sequence[str] = ()) -> None:
 
     console = Console()
     table = Table(title=f"Winoground, {report['n']} examples, percent right", title_justify="left")
-    for column in ("", *METRICS, "pairwise text", "pairwise image", "matching"):
+    for column in ("", *METRICS):
         table.add_column(column, justify="left" if not column else "right", no_wrap=True)
     table.add_row("model", *_cells(report))
-    table.add_row("chance", *(f"{report['chance'][m]:.2f}" for m in METRICS), "50.00", "50.00", "50.00")
+    table.add_row("chance", *(f"{report['chance'][m]:.2f}" for m in METRICS))
     console.print(table)
     for name, values in report["breakdowns"].items():
         if wanted and name.split()[0] not in wanted:
@@ -87,15 +87,18 @@ def show(report: dict[str, Any], wanted: Sequence[str] = ()) -> None:
         for column in ("", "n", *METRICS):
             part.add_column(column, justify="left" if not column else "right", no_wrap=True)
         for value, numbers in values.items():
-            part.add_row(value, str(numbers["n"]), *_cells(numbers)[:3])
+            part.add_row(value, str(numbers["n"]), *_cells(numbers))
         console.print(part)
+    console.print(
+        f"single comparisons right (chance 50): text {report['pairwise_text']:.2f}, image "
+        f"{report['pairwise_image']:.2f}; matching {report['matching']:.2f}"
+    )
     console.print("In brackets: 95 % interval, bootstrap over examples. Ties are wrong.")
 
 
 def _cells(numbers: dict[str, Any]) -> list[str]:
     rated = [numbers[m] for m in METRICS]
-    cells = [f"{r['score']:.2f} [{r['ci95'][0]:.1f}, {r['ci95'][1]:.1f}]" for r in rated]
-    return cells + [f"{numbers[name]:.2f}" for name in ("pairwise_text", "pairwise_image", "matching")]
+    return [f"{r['score']:.2f} [{r['ci95'][0]:.1f}, {r['ci95'][1]:.1f}]" for r in rated]
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -59,7 +59,7 @@ def score_pairs(
     finally:
         model.train(training)
     if not np.isfinite(scores).all():
-        raise UserError("the model gives scores that are not finite: its training diverged, take an earlier checkpoint")
+        raise UserError("the model's scores are not finite: its training diverged, take an earlier checkpoint")
     return scores
 
 
