@@ -1,0 +1,71 @@
+"""The machine's ceilings, measured before anything else: copy bandwidth, matrix products, exponentials."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from cacr_uniter.benchmark.timing import timer_for
+
+UNITS = {"copy": "B/s", "exp": "1/s"}
+"""Units; a matrix product is in flop/s."""
+
+_CPU_SIZES = {"copy": 1 << 26, "matmul": 1536, "exp": 1 << 14}
+_CUDA_SIZES = {"copy": 1 << 28, "matmul": 8192, "exp": 1 << 22}
+
+
+def measure_ceilings(device: str, seconds: float = 0.5, scale: float = 1.0) -> dict[str, float]:
+    """Best rates per second of this machine (the 20th percentile of the times).
+
+    copy: bytes read plus written by a copy that no cache holds. matmul X: library product of two square matrices in
+    precision X (tf32: a GPU's float32 with ten mantissa bits; a float32 product of full precision costs three of them).
+    exp: ``torch.exp`` of float32 numbers that fit in a cache; on a GPU with Triton exp2 of registers, which is what its
+    exp unit can do.
+
+    Args:
+        seconds: spent on each.
+        scale: of the sizes, for tests.
+    """
+    sizes = {
+        name: max(int(size * scale), 64) for name, size in (_CUDA_SIZES if device == "cuda" else _CPU_SIZES).items()
+    }
+
+    def rate(amount: float, run: Callable[[], object]) -> float:
+        return amount / (timer_for(device)(lambda: run, seconds, False).p20_ms / 1e3)
+
+    found = {"copy": rate(*_copy(torch.randn(sizes["copy"], device=device)))}
+    n = sizes["matmul"]
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16), ("float16", torch.float16)):
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        out = torch.empty_like(a)
+        found[f"matmul {name}"] = rate(2.0 * n**3, _product(a, b, out))
+        if name == "float32" and device == "cuda" and torch.cuda.get_device_capability() >= (8, 0):
+            before = torch.backends.cuda.matmul.allow_tf32
+            torch.backends.cuda.matmul.allow_tf32 = True
+            found["matmul tf32"] = rate(2.0 * n**3, _product(a, b, out))
+            torch.backends.cuda.matmul.allow_tf32 = before
+    found["exp"] = _exp_rate(device, sizes["exp"], rate)
+    return found
+
+
+def _copy(source: Tensor) -> tuple[float, Callable[[], object]]:
+    target = torch.empty_like(source)
+    return 2.0 * source.nbytes, lambda: target.copy_(source)
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> Callable[[], object]:
+    return lambda: torch.mm(a, b, out=out)
+
+
+def _exp_rate(device: str, n: int, rate: Callable[[float, Callable[[], object]], float]) -> float:
+    if device == "cuda" and torch.cuda.get_device_capability() >= (8, 0):
+        from cacr_uniter.benchmark.exp_unit import ROUNDS, exp2_rounds
+
+        numbers = torch.rand(n, device=device)
+        return rate(float(n) * ROUNDS, lambda: exp2_rounds(numbers))
+    numbers = torch.rand(n * torch.get_num_threads() if device == "cpu" else n, device=device)
+    out = torch.empty_like(numbers)
+    rounds = 64
+    return rate(float(len(numbers)) * rounds, lambda: [torch.exp(numbers, out=out) for _ in range(rounds)])

@@ -1,0 +1,162 @@
+"""One contender on one shape: checked against float64, then timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cacr_kernels.testing import relative_error
+from cacr_uniter.benchmark.contenders import Contender, Inputs, make, make_inputs
+from cacr_uniter.benchmark.shapes import Shape
+from cacr_uniter.benchmark.timing import PeakMemory, timer_for
+
+TOLERANCE = {"float32": (1e-3, 1e-2), "bfloat16": (0.1, 0.3), "float16": (0.1, 0.3)}
+"""Largest relative error of (loss, gradient) that still is the right function; precision is a column of its own."""
+
+LARGE = 2048
+"""From so many tokens on, one problem is checked instead of three."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one measurement is; plain values, sent to another process.
+
+    Args:
+        what: ``time``, ``memory`` or both, joined by ``+``.
+        seconds: of timing a direction.
+    """
+
+    shape: dict[str, Any]
+    dtype: str
+    variant: str
+    kind: str
+    contender: str
+    device: str
+    seconds: float
+    what: str = "time+memory"
+    seed: int = 0
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """The columns that name the measurement."""
+        sizes = {name: self.shape[name] for name in ("batch", "heads", "n_text", "n_vision", "head_dim")}
+        return {
+            "shape": self.shape["name"],
+            **sizes,
+            **{name: getattr(self, name) for name in ("dtype", "variant", "kind", "contender")},
+        }
+
+
+def out_of_memory(error: BaseException) -> bool:
+    text = str(error).lower()
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
+        words in text for words in ("out of memory", "can't allocate memory", "cannot allocate memory")
+    )
+
+
+def measure(job: Job) -> Iterator[dict[str, Any]]:
+    """Rows of a job, one a direction: ``samples`` (ms), memory, errors, status."""
+    shape = Shape(**job.shape)
+    torch._functorch.config.donated_buffer = False  # a compiled backward is run many times
+    try:
+        inputs = _inputs(shape, job.dtype, job.device, job.seed)
+        contender = make(job.contender, job.variant, job.kind, job.dtype, job.device)
+        yield from _measure(job, shape, contender, inputs)
+    except Exception as error:
+        status = "oom" if out_of_memory(error) else "error"
+        yield {"direction": "both", "status": status, "note": f"{type(error).__name__}: {str(error)[:200]}"}
+    finally:
+        torch.compiler.reset()
+        if job.device == "cuda":
+            torch.cuda.empty_cache()
+
+
+@lru_cache(maxsize=1)
+def _inputs(shape: Shape, dtype: str, device: str, seed: int) -> Inputs:
+    return make_inputs(shape, dtype, device, seed)
+
+
+def _measure(job: Job, shape: Shape, contender: Contender, inputs: Inputs) -> Iterator[dict[str, Any]]:
+    leaves = inputs.leaves(job.variant, job.kind, job.contender)
+    row: dict[str, Any] = {"input_mb": sum(x.nbytes for x in leaves) / 1e6, "note": contender.note}
+    calls = Calls(contender, leaves, shape.n_text)
+    if "time" in job.what:
+        row["loss_error"], row["gradient_error"] = check(calls, contender, leaves, shape)
+        loss_limit, gradient_limit = TOLERANCE[job.dtype]
+        wrong = not row["loss_error"] <= loss_limit
+        if row["gradient_error"] is not None:
+            wrong |= not row["gradient_error"] <= gradient_limit
+        if wrong:
+            yield {**row, "direction": "both", "status": "wrong"}
+            return
+    timer = timer_for(job.device)
+    for direction in contender.directions:
+        result = dict(row, direction=direction, status="ok")
+        try:
+            if "memory" in job.what:
+                result["extra_mb"] = _memory(calls.prepare(direction), job.device)
+            if "time" in job.what:
+                times = timer(lambda: calls.prepare(direction), job.seconds, contender.graph)  # noqa: B023
+                result |= {"samples": list(times.samples), "timer": times.timer}
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            result |= {"status": "oom", "note": str(error).splitlines()[0][:200]}
+        yield result
+
+
+def _memory(run: Callable[[], object], device: str) -> float | None:
+    run()
+    with PeakMemory(device) as peak:
+        run()
+    return None if peak.extra is None else peak.extra / 1e6
+
+
+class Calls:
+    """The three calls of a contender: ``forward`` without gradient, ``both``, and ``backward`` of a kept forward."""
+
+    def __init__(self, contender: Contender, leaves: list[Tensor], n_text: int) -> None:
+        self.function, self.n_text = contender.function, n_text
+        self.leaves = leaves
+        self.learning = [x.detach().requires_grad_() for x in leaves]
+        self.differentiable = "both" in contender.directions
+
+    def forward(self) -> Tensor:
+        with torch.no_grad():
+            return self.function(*self.leaves, self.n_text)
+
+    def both(self) -> tuple[Tensor, tuple[Tensor, ...]]:
+        torch.compiler.cudagraph_mark_step_begin()
+        out = self.function(*self.learning, self.n_text)
+        return out.detach(), torch.autograd.grad(out, self.learning, torch.ones_like(out))
+
+    def prepare(self, direction: str) -> Callable[[], object]:
+        if direction == "forward":
+            return self.forward
+        if direction == "both":
+            return self.both
+        out = self.function(*self.learning, self.n_text)
+        ones = torch.ones_like(out)
+        return lambda: torch.autograd.grad(out, self.learning, ones, retain_graph=True)
+
+
+def check(calls: Calls, contender: Contender, leaves: list[Tensor], shape: Shape) -> tuple[float, float | None]:
+    """Relative errors of the result and of the gradients against float64, on up to three of the problems."""
+    last = shape.problems - 1
+    chosen = sorted({0, last // 2, last}) if shape.n < LARGE else [last]
+    picked = [x.flatten(0, 1)[chosen].unsqueeze(1) for x in leaves]
+    if not calls.differentiable:
+        want = contender.expected(*(x.double() for x in picked), shape.n_text)
+        return relative_error(calls.forward().flatten(0, 1)[chosen], want.flatten(0, 1)), None
+    wide = [x.double().requires_grad_() for x in picked]
+    want = contender.expected(*wide, shape.n_text)
+    want_gradients = torch.autograd.grad(want, wide, torch.ones_like(want))
+    out, gradients = calls.both()
+    got = torch.cat([g.flatten(0, 1)[chosen].double().flatten() for g in gradients])
+    error = relative_error(got, torch.cat([g.flatten() for g in want_gradients]))
+    return relative_error(out.flatten(0, 1)[chosen], want.detach().flatten(0, 1)), error

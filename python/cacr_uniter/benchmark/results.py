@@ -1,0 +1,108 @@
+"""Results as CSV: one file a subject, fixed columns, rows are only appended. Standard library only."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from cacr_uniter.errors import UserError
+
+Row = dict[str, str]
+
+PROVENANCE = ("date", "commit", "device", "cacr", "torch", "triton", "cuda", "load")
+SHAPE = ("shape", "batch", "heads", "n_text", "n_vision", "head_dim", "dtype")
+
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "ceilings": (*PROVENANCE, "what", "value", "unit"),
+    "kernels": (
+        *PROVENANCE,
+        *SHAPE,
+        *("variant", "kind", "contender", "direction", "status"),
+        *("median_ms", "p20_ms", "p80_ms", "repeats", "processes", "timer"),
+        *("input_mb", "extra_mb", "floor_ms", "bound", "gflop", "mbytes", "loss_error", "gradient_error", "note"),
+    ),
+    "training": (
+        *PROVENANCE,
+        *(
+            "model",
+            "auxiliary",
+            "precision",
+            "checkpointing",
+            "frozen_layers",
+            "n_text",
+            "n_vision",
+            "pairs",
+            "matched",
+        ),
+        *("status", "median_ms", "p20_ms", "p80_ms", "repeats", "peak_mb", "limit_mb", "largest_pairs", "note"),
+    ),
+}
+"""Columns of ``<name>.csv``. An ``mb`` is 10^6 bytes. ``status`` is ok, oom, wrong, skipped, timeout or error."""
+
+STATUSES = ("ok", "oom", "wrong", "skipped", "timeout", "error")
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def append(folder: Path, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Appends rows to ``folder/name.csv``; a missing column is empty.
+
+    Raises:
+        UserError: the file has other columns, or a row has a column that the file has not.
+    """
+    path = folder / f"{name}.csv"
+    columns = COLUMNS[name]
+    folder.mkdir(parents=True, exist_ok=True)
+    fresh = not path.is_file() or path.stat().st_size == 0
+    if not fresh:
+        _check_header(path, name)
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        if fresh:
+            writer.writeheader()
+        for row in rows:
+            unknown = sorted(set(row) - set(columns))
+            if unknown:
+                raise UserError(f"{path}: a row has unknown columns {', '.join(unknown)}")
+            writer.writerow({column: _text(row.get(column)) for column in columns})
+
+
+def read(folder: Path, name: str) -> list[Row]:
+    """All rows of ``folder/name.csv`` in the order of their measurement; none if there is no file."""
+    path = folder / f"{name}.csv"
+    if not path.is_file():
+        return []
+    _check_header(path, name)
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def _check_header(path: Path, name: str) -> None:
+    with path.open(newline="", encoding="utf-8") as file:
+        header = tuple(next(csv.reader(file), ()))
+    if header != COLUMNS[name]:
+        raise UserError(
+            f"{path} has other columns than this version writes: move it aside, or give another folder with --out"
+        )
+
+
+def newest(rows: Iterable[Row], key: Iterable[str]) -> list[Row]:
+    """The last row of every combination of the ``key`` columns, in the order in which they first appeared."""
+    names = tuple(key)
+    found: dict[tuple[str, ...], Row] = {}
+    for row in rows:
+        found[tuple(row[name] for name in names)] = row
+    return list(found.values())
+
+
+KERNEL_KEY = (*SHAPE, "variant", "kind", "contender", "direction")
+TRAINING_KEY = (
+    *("model", "auxiliary", "precision", "checkpointing", "frozen_layers", "n_text", "n_vision", "pairs", "matched"),
+    "limit_mb",
+)

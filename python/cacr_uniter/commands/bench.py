@@ -1,0 +1,153 @@
+"""`cacr bench`: measure the kernels beside their peers, the cost in training, the numerics; draw the results."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from cacr_uniter.commands.progress import bars
+from cacr_uniter.errors import UserError
+
+PARTS = {
+    "plot": "draw the pictures and the summary of a results folder",
+    "training": "step time and memory of UNITER with and without the loss",
+    "numerics": "errors of every backend against float64, as the table of docs/numerics.md",
+    "gpu-report": "everything about a GPU, in minutes",
+}
+DEFAULT_OUT = Path("benchmarks/results")
+
+
+def main(argv: list[str]) -> int:
+    words = list(argv)
+    part = words.pop(0) if words and words[0] in PARTS else "kernels"
+    return {
+        "kernels": _kernels,
+        "plot": _plot,
+        "training": _training,
+        "numerics": _numerics,
+        "gpu-report": _gpu_report,
+    }[part](words)
+
+
+def results_folder(out: Path | None, device: str) -> Path:
+    """``out``, or the machine's folder below ``benchmarks/results``."""
+    from cacr_uniter.benchmark.machine import device_name, slug
+
+    return out if out is not None else DEFAULT_OUT / slug(device_name(device))
+
+
+def pick_device(wanted: str) -> str:
+    import torch
+
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device is cuda, but torch finds no GPU: take --device cpu, or see `cacr doctor`")
+    if wanted != "auto":
+        return wanted
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _parser(name: str, description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"cacr bench {name}".strip(),
+        description=description,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, help="folder of the results (default: benchmarks/results/<machine>)")
+    return parser
+
+
+def _kernels(argv: list[str]) -> int:
+    from cacr_uniter.benchmark.shapes import DTYPES
+
+    others = "\n".join(f"  cacr bench {name:<12}{summary}" for name, summary in PARTS.items())
+    parser = _parser("", "Measure the kernels beside their peers on this machine; results are appended as CSV.")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = f"further parts:\n{others}"
+    add = parser.add_argument
+    add("--preset", choices=("quick", "full"), default="quick", help="quick: under a minute (default); full: all")
+    add("--shapes", nargs="+", metavar="SHAPE", help="names (uniter-100-b32) or BxHxTxR[xD] in place of the preset's")
+    add("--dtypes", nargs="+", choices=tuple(DTYPES), help="default: float32 (quick on a CPU), float32 and bfloat16")
+    add("--kinds", nargs="+", choices=("scores", "softmax", "probs"), help="default: scores, softmax (full: and probs)")
+    add("--contenders", nargs="+", metavar="NAME", help="only these: triton, cuda, cpu, eager, compiled, bmm, ...")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: the GPU if there is one")
+    add("--seconds", type=float, help="of timing each direction (default: 0.2 quick, 1 full)")
+    add("--processes", type=int, help="fresh processes in which a CPU is timed (default: 1 quick, 3 full)")
+    add("--budget", type=float, default=float("inf"), help="seconds after which nothing new is started")
+    args = parser.parse_args(argv)
+
+    from cacr_uniter.benchmark.run import run_benchmark
+    from cacr_uniter.benchmark.summary import kernel_table
+
+    device = pick_device(args.device)
+    out = results_folder(args.out, device)
+    plan = make_plan(args, device)
+    with bars() as progress:
+        rows = run_benchmark(plan, out, progress)
+    print(kernel_table([{k: "" if v is None else str(v) for k, v in row.items()} for row in rows]))
+    print(f"appended to {out / 'kernels.csv'}; pictures: cacr bench plot --out {out}")
+    return 0
+
+
+def make_plan(args: argparse.Namespace, device: str):  # type: ignore[no-untyped-def]
+    """The plan of the arguments, defaults filled by preset and device."""
+    from cacr_uniter.benchmark.contenders import OURS, PEERS
+    from cacr_uniter.benchmark.run import Plan
+    from cacr_uniter.benchmark.shapes import parse_shapes, preset_shapes
+
+    quick = args.preset == "quick"
+    known = (*OURS, *dict.fromkeys(name for peers in PEERS.values() for name in peers))
+    unknown = [name for name in args.contenders or () if name not in known]
+    if unknown:
+        raise UserError(f"--contenders: there is no {unknown[0]!r}; there are {', '.join(known)}")
+    for name in ("seconds", "processes", "budget"):
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            raise UserError(f"--{name} is {value}: give a positive number")
+    shapes = preset_shapes(args.preset, device)
+    cpu_quick = quick and device == "cpu"
+    return Plan(
+        shapes=parse_shapes(args.shapes, args.preset, device) if args.shapes else shapes,
+        dtypes=tuple(args.dtypes or (("float32",) if cpu_quick else ("float32", "bfloat16"))),
+        kinds=tuple(args.kinds or (("scores", "softmax") if quick else ("scores", "softmax", "probs"))),
+        device=device,
+        seconds=args.seconds or (0.2 if quick else 1.0),
+        processes=args.processes or (1 if quick else 3),
+        longest=(2.0 if quick else 20.0) if device == "cpu" else 5.0,
+        budget=args.budget,
+        compiled=not cpu_quick,
+        contenders=tuple(args.contenders or ()),
+    )
+
+
+def _plot(argv: list[str]) -> int:
+    args = _parser("plot", "Draw pictures and a summary from the CSV files of a results folder.").parse_args(argv)
+
+    from cacr_uniter.benchmark.plots import draw
+    from cacr_uniter.benchmark.summary import write_summary
+
+    folders = [args.out] if args.out else sorted(path for path in DEFAULT_OUT.glob("*") if path.is_dir())
+    if not folders:
+        raise UserError(f"no results below {DEFAULT_OUT}: run `cacr bench`, or give --out")
+    for folder in folders:
+        pictures = draw(folder)
+        write_summary(folder, pictures)
+        print("\n".join(str(path) for path in (*pictures, folder / "README.md")))
+    return 0
+
+
+def _training(argv: list[str]) -> int:
+    from cacr_uniter.benchmark.training_cost import main as training
+
+    return training(argv, _parser("training", PARTS["training"]))
+
+
+def _numerics(argv: list[str]) -> int:
+    from cacr_uniter.benchmark.numerics import main as numerics
+
+    return numerics(argv, _parser("numerics", PARTS["numerics"]))
+
+
+def _gpu_report(argv: list[str]) -> int:
+    from cacr_uniter.benchmark.gpu_report import main as report
+
+    return report(argv, _parser("gpu-report", PARTS["gpu-report"]))
