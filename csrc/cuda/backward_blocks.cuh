@@ -51,7 +51,7 @@ CACR_DEVICE void write_chunk(const ScoresGrad& grad, const float* target, int ro
 // Grid: problems x tiles of the largest block x the four blocks. Writes the gradients inside the spans; for kind softmax
 // the gradients of the probabilities to the workspace.
 template <typename F>
-CACR_KERNEL(kThreads, kBlocksPerSM) cacr_backward_blocks_kernel(Problem problem, i64 first) {
+CACR_KERNEL(kThreads, 4) cacr_backward_blocks_kernel(Problem problem, i64 first) {
     CACR_SHARED(BackwardShared, shared);
     const Place place = place_of(problem, first + block_x());
     const int row_side = block_z() / 2;

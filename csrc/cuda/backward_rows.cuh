@@ -77,7 +77,7 @@ CACR_DEVICE void differentiate_chunk(const RowGradient& to, int row_start, int c
 
 // Grid: problems x ceil(max(T, R) / 64) x sides. Fills U, G, dY and W of the workspace.
 template <typename F>
-CACR_KERNEL(kThreads, kBlocksPerSM) cacr_backward_rows_kernel(Problem problem, i64 first) {
+CACR_KERNEL(kThreads, 3) cacr_backward_rows_kernel(Problem problem, i64 first) {
     CACR_SHARED(BackwardShared, shared);
     const Place place = place_of(problem, first + block_x());
     const int side = block_z();

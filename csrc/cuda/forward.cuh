@@ -72,7 +72,7 @@ CACR_DEVICE void compare_chunk(const Scores& y, bool probs, int n, int row_start
 
 // Grid: problems x ceil(max(T, R) / 64) x sides. Writes U and the row losses to the workspace, row numbers to stats.
 template <typename F>
-CACR_KERNEL(kThreads, kBlocksPerSM) cacr_forward_kernel(Problem problem, i64 first) {
+CACR_KERNEL(kThreads, 3) cacr_forward_kernel(Problem problem, i64 first) {
     CACR_SHARED(ForwardShared, shared);
     const Place place = place_of(problem, first + block_x());
     const int side = block_z();

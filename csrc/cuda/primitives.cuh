@@ -8,11 +8,12 @@
 #if defined(__CUDACC__)
 
 #define CACR_DEVICE __device__ __forceinline__
+// blocks_per_sm bounds the registers: as many resident blocks as fit without spilling on any architecture.
 #define CACR_KERNEL(threads, blocks_per_sm) __global__ void __launch_bounds__(threads, blocks_per_sm)
 #define CACR_SHARED(type, name) __shared__ type name
 #define CACR_BARRIER() __syncthreads()
 #define CACR_UNROLL _Pragma("unroll")
-#define CACR_UNROLL_SOME _Pragma("unroll 2")
+#define CACR_UNROLL_SOME _Pragma("unroll 4")
 
 namespace cacr {
 

@@ -10,7 +10,6 @@
 namespace cacr {
 
 constexpr int kThreads = 128;
-constexpr int kBlocksPerSM = 3;  // at most 168 registers a thread: four blocks spill
 constexpr int kWarpsPerBlock = kThreads / kWarp;
 constexpr int kTile = 64;
 constexpr int kDepth = 16;
@@ -82,7 +81,7 @@ CACR_DEVICE void put(float (&slice)[kDepth][kTile + 4], const float (&values)[kF
 }
 
 CACR_DEVICE void multiply(const ProductSlices& slices, Accumulator& acc) {
-    CACR_UNROLL
+    CACR_UNROLL_SOME
     for (int k = 0; k < kDepth; ++k) {
         const Quad* a = (const Quad*)&slices.a[k][tile_row(0)];
         const Quad low = a[0];
