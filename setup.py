@@ -96,7 +96,9 @@ class CMakeBuild(build_ext):
             subprocess.run([cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *arguments], check=True)
             subprocess.run([cmake, "--build", str(build)], check=True)
         except subprocess.CalledProcessError as error:
-            raise SystemExit(f"building cacr_kernels._native failed (exit code {error.returncode}); see above") from error
+            raise SystemExit(
+                f"building cacr_kernels._native failed (exit code {error.returncode}); see above"
+            ) from error
         built = list((build / "out").glob("_native*"))
         if len(built) != 1:
             raise SystemExit(f"expected one module in {build / 'out'}, found {[path.name for path in built]}")

@@ -170,7 +170,9 @@ class _Cuda:
         return gradients
 
     def qk_forward(self, *_: Any) -> NoReturn:
-        raise ValueError("backend 'cuda' computes fused_cacr only; for fused_cacr_qk use 'triton', 'cpu' or 'reference'")
+        raise ValueError(
+            "backend 'cuda' computes fused_cacr only; for fused_cacr_qk use 'triton', 'cpu' or 'reference'"
+        )
 
     def qk_backward(self, *_: Any) -> NoReturn:
         self.qk_forward()

@@ -37,7 +37,8 @@ static void tile(i64 depth, const Left<T>& left, const T* b, i64 ldb, T* c, i64 
     Vec<T> sum[Rows][Vectors];
     unrolled<Rows>([&](auto i) __attribute__((always_inline)) {
         unrolled<Vectors>([&](auto j) __attribute__((always_inline)) {
-            sum[i][j] = accumulate ? load(c + i * ldc + j * kLanes<T>) : Vec<T>{};
+            sum[i][j] = Vec<T>{};
+            __builtin_prefetch(c + i * ldc + j * kLanes<T>, 1, 3);
         });
     });
     const T* a = left.data;
@@ -53,7 +54,10 @@ static void tile(i64 depth, const Left<T>& left, const T* b, i64 ldb, T* c, i64 
         b += ldb;
     }
     unrolled<Rows>([&](auto i) __attribute__((always_inline)) {
-        unrolled<Vectors>([&](auto j) __attribute__((always_inline)) { store(c + i * ldc + j * kLanes<T>, sum[i][j]); });
+        unrolled<Vectors>([&](auto j) __attribute__((always_inline)) {
+            T* at = c + i * ldc + j * kLanes<T>;
+            store(at, accumulate ? load(at) + sum[i][j] : sum[i][j]);
+        });
     });
 }
 

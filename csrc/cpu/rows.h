@@ -16,41 +16,54 @@ CACR_INLINE void for_vectors(i64 n, F&& f) {
     if (j < n) f(j, first_lanes<T>(n - j));
 }
 
-// What a row of one side is compared with and what its gradients are multiplied by.
-template <typename T>
+// How the rows of one side are compared and what their gradients are multiplied by.
+// Probs: y holds probabilities, Y = log max(y, 1e-12); otherwise Y = y.
+template <typename T, bool Probs>
 struct RowTerms {
     i64 n;
     T factor;   // X = factor * x
     T weight;   // dL/d(this row's symmetric KL)
     bool grad_x;
     bool grad_y;
-    bool probs;  // y holds probabilities: Y = log max(y, 1e-12)
 };
 
-// Symmetric KL of softmax(factor x) and softmax(Y). With gradients: x becomes dL/dx, grad_y += dL/dy.
-// e, d: rows of scratch. Row ends up to a whole vector are readable in x and y, and stay out of every sum.
-template <typename T>
-static T compare_row(const RowTerms<T>& terms, T* x, const T* y, T* grad_y, T* e, T* d) {
+constexpr int kRowGroup = 8;  // rows taken through each pass together, so that one row's reductions overlap the next row
+
+// Maxima of factor x and Y over one row; kind probs leaves Y in e.
+template <typename T, bool Probs>
+CACR_INLINE void row_maxima(const RowTerms<T, Probs>& terms, const T* x, const T* y, T* e, T& max_x, T& max_y) {
     typedef Vec<T> V;
-    const i64 n = terms.n;
     const T lowest = -__builtin_inff();
-    V max_x = splat(lowest), max_y = splat(lowest);
-    for_vectors<T>(n, [&](i64 j, IntVec<T> lanes) __attribute__((always_inline)) {
+    V best_x = splat(lowest), best_y = splat(lowest);
+    for_vectors<T>(terms.n, [&](i64 j, IntVec<T> lanes) __attribute__((always_inline)) {
         V vy = load(y + j);
-        if (terms.probs) {
+        if constexpr (Probs) {
             const V floor = splat(T(1e-12));
             vy = log_of_normal<T>(select<T>(vy < floor, floor, vy));
             store(e + j, vy);
         }
-        max_x = larger<T>(select<T>(lanes, load(x + j) * terms.factor, splat(lowest)), max_x);
-        max_y = larger<T>(select<T>(lanes, vy, splat(lowest)), max_y);
+        best_x = larger<T>(select<T>(lanes, load(x + j) * terms.factor, splat(lowest)), best_x);
+        best_y = larger<T>(select<T>(lanes, vy, splat(lowest)), best_y);
     });
-    const T* logits = terms.probs ? e : y;
-    const T mx = max_of<T>(max_x), my = max_of<T>(max_y);
+    max_x = max_of<T>(best_x);
+    max_y = max_of<T>(best_y);
+}
+
+// Numbers of one row after its second pass.
+template <typename T>
+struct RowSums {
+    T scale_p, scale_q;  // 1 / l_x, 1 / l_y
+    T mean_p, mean_q;    // E_p[d], E_q[d], d = (x - m_x) - (y - m_y)
+};
+
+// Leaves exp(x - m_x) in x, exp(Y - m_y) in e and d in d.
+template <typename T, bool Probs>
+CACR_INLINE RowSums<T> row_sums(const RowTerms<T, Probs>& terms, T* x, const T* logits, T* e, T* d, T max_x, T max_y) {
+    typedef Vec<T> V;
     V sum_x = V{}, sum_y = V{}, dot_x = V{}, dot_y = V{};
-    for_vectors<T>(n, [&](i64 j, IntVec<T> lanes) __attribute__((always_inline)) {
-        const V u = load(x + j) * terms.factor - mx;
-        const V v = load(logits + j) - my;
+    for_vectors<T>(terms.n, [&](i64 j, IntVec<T> lanes) __attribute__((always_inline)) {
+        const V u = load(x + j) * terms.factor - max_x;
+        const V v = load(logits + j) - max_y;
         const V diff = select<T>(lanes, u - v, V{});
         const V ex = select<T>(lanes, exp_nonpositive(u), V{});
         const V ey = select<T>(lanes, exp_nonpositive(v), V{});
@@ -62,24 +75,62 @@ static T compare_row(const RowTerms<T>& terms, T* x, const T* y, T* grad_y, T* e
         store(e + j, ey);
         store(d + j, diff);
     });
-    const T scale_p = T(1) / sum_of<T>(sum_x), scale_q = T(1) / sum_of<T>(sum_y);
-    const T mean_p = sum_of<T>(dot_x) * scale_p, mean_q = sum_of<T>(dot_y) * scale_q;
-    if (terms.grad_x || terms.grad_y) {
-        const T weight_x = terms.weight * terms.factor;
-        for_vectors<T>(n, [&](i64 j, IntVec<T>) __attribute__((always_inline)) {
-            const V p = load(x + j) * scale_p, q = load(e + j) * scale_q, diff = load(d + j);
-            if (terms.grad_x) store(x + j, (p * (diff - mean_p) + (p - q)) * weight_x);
-            if (terms.grad_y) {
-                V dy = (q * (mean_q - diff) - (p - q)) * terms.weight;
-                if (terms.probs) {
-                    const V prob = load(y + j);
-                    dy = select<T>(prob < T(1e-12), V{}, dy / prob);
-                }
-                store(grad_y + j, load(grad_y + j) + dy);
+    RowSums<T> r;
+    r.scale_p = T(1) / sum_of<T>(sum_x);
+    r.scale_q = T(1) / sum_of<T>(sum_y);
+    r.mean_p = sum_of<T>(dot_x) * r.scale_p;
+    r.mean_q = sum_of<T>(dot_y) * r.scale_q;
+    return r;
+}
+
+// Symmetric KL of the row from exponentials and d: sum_j (p_j - q_j)(d_j - c), c the middle of E_p[d] and E_q[d]. The constant
+// changes nothing exactly, but keeps the terms small where p and q nearly agree; E_p[d] - E_q[d] would cancel there.
+// Leaves weight dL/dx (times the factor) in x, and adds weight dL/dy to grad_y.
+template <typename T, bool Probs>
+CACR_INLINE T finish_row(const RowTerms<T, Probs>& terms, const RowSums<T>& r, T* x, const T* y, T* grad_y, const T* e, const T* d) {
+    typedef Vec<T> V;
+    const T weight_x = terms.weight * terms.factor;
+    const T middle = (r.mean_p + r.mean_q) * T(0.5);
+    V loss = V{};
+    for_vectors<T>(terms.n, [&](i64 j, IntVec<T>) __attribute__((always_inline)) {
+        const V p = load(x + j) * r.scale_p, q = load(e + j) * r.scale_q, diff = load(d + j);
+        const V change = p - q;
+        loss += change * (diff - middle);
+        if (terms.grad_x) store(x + j, (p * (diff - r.mean_p) + change) * weight_x);
+        if (terms.grad_y) {
+            V dy = (q * (r.mean_q - diff) - change) * terms.weight;
+            if constexpr (Probs) {
+                const V prob = load(y + j);
+                dy = select<T>(prob < T(1e-12), V{}, dy / prob);
             }
-        });
+            store(grad_y + j, load(grad_y + j) + dy);
+        }
+    });
+    return sum_of<T>(loss);
+}
+
+// Sum over `rows` rows (stride ld) of the symmetric KL of softmax(factor x) and softmax(Y). With gradients: x becomes dL/dx,
+// grad_y += dL/dy. scratch: 2 kRowGroup rows. Row ends up to a whole vector are readable in x and y and stay out of every sum.
+template <typename T, bool Probs>
+static double compare_rows(const RowTerms<T, Probs>& terms, i64 rows, i64 ld, T* x, const T* y, T* grad_y, T* scratch) {
+    T* e = scratch;
+    T* d = scratch + kRowGroup * ld;
+    double loss = 0;
+    for (i64 first = 0; first < rows; first += kRowGroup) {
+        const int count = rows - first < kRowGroup ? (int)(rows - first) : kRowGroup;
+        T max_x[kRowGroup], max_y[kRowGroup];
+        RowSums<T> sums[kRowGroup];
+        const i64 at = first * ld;
+        for (int i = 0; i < count; ++i) row_maxima<T, Probs>(terms, x + at + i * ld, y + at + i * ld, e + i * ld, max_x[i], max_y[i]);
+        for (int i = 0; i < count; ++i) {
+            const T* logits = Probs ? e + i * ld : y + at + i * ld;
+            sums[i] = row_sums<T, Probs>(terms, x + at + i * ld, logits, e + i * ld, d + i * ld, max_x[i], max_y[i]);
+        }
+        for (int i = 0; i < count; ++i)
+            loss += (double)finish_row<T, Probs>(terms, sums[i], x + at + i * ld, y + at + i * ld,
+                                                 terms.grad_y ? grad_y + at + i * ld : nullptr, e + i * ld, d + i * ld);
     }
-    return mean_p - mean_q;
+    return loss;
 }
 
 // out = softmax(in), both n long; the padding of out is zero.

@@ -24,7 +24,7 @@ struct Scratch {
     T* u;
     T* du;
     T* x;
-    T* rows;  // two rows
+    T* rows;  // two row groups
     T* pack;
     i64 bytes;
 };
@@ -53,7 +53,7 @@ static Scratch<T> lay_out(char* base, i64 n_text, i64 n_vision, Kind kind, bool 
     s.u = take(widest * widest);
     s.du = backward ? take(widest * widest) : nullptr;
     s.x = take(widest * widest);
-    s.rows = take(2 * widest);
+    s.rows = take(2 * kRowGroup * widest);
     s.pack = take(pack_elements<T>());
     s.bytes = used;
     return s;
@@ -70,19 +70,14 @@ static double run_side(const Options& o, int a, i64 n, i64 m, const Scratch<T>& 
     multiply<T>(n, m, m, {f, ldm, 1}, w, ldm, s.u, ldm, false, s.pack);
     multiply<T>(n, n, m, {s.u, ldm, 1}, s.swapped[ab], ldn, s.x, ldn, false, s.pack);
 
-    RowTerms<T> terms;
-    terms.n = n;
-    terms.factor = (T)projection_factor(o, (int)m);
-    terms.weight = weight * row_weight;
-    terms.grad_x = backward && o.stop_gradient != StopGradient::projection;
-    terms.grad_y = backward && o.stop_gradient != StopGradient::target;
-    terms.probs = o.kind == Kind::probs;
-    double loss = 0;
-    for (i64 i = 0; i < n; ++i)
-        loss += (double)compare_row<T>(terms, s.x + i * ldn, s.raw[aa] + i * ldn, backward ? s.grad[aa] + i * ldn : nullptr, s.rows,
-                                       s.rows + ldn);
+    const bool grad_x = backward && o.stop_gradient != StopGradient::projection;
+    const bool grad_y = backward && o.stop_gradient != StopGradient::target;
+    const T factor = (T)projection_factor(o, (int)m);
+    double loss = o.kind == Kind::probs
+                      ? compare_rows<T, true>({n, factor, weight * row_weight, grad_x, grad_y}, n, ldn, s.x, s.raw[aa], s.grad[aa], s.rows)
+                      : compare_rows<T, false>({n, factor, weight * row_weight, grad_x, grad_y}, n, ldn, s.x, s.raw[aa], s.grad[aa], s.rows);
     loss *= (double)row_weight;
-    if (!terms.grad_x) return loss;
+    if (!grad_x) return loss;
 
     T* grad_f = s.grad[ab];
     multiply<T>(n, m, n, {s.x, ldn, 1}, f, ldm, s.du, ldm, false, s.pack);
@@ -204,8 +199,10 @@ static void scores_problem(const Problem& p, i64 index, char* scratch) {
         const T weight = p.grad_loss ? ((const T*)p.grad_loss)[b * p.grad_loss_stride[0] + h * p.grad_loss_stride[1]] : T(1);
         load_problem<T, S>(p, e, b, h, s, backward);
         if (backward)
-            for (int ab = 0; ab < 4; ++ab)
-                __builtin_memset(s.grad[ab], 0, (size_t)(n[ab / 2] * padded<T>(n[ab % 2])) * sizeof(T));
+            for (int ab = 0; ab < 4; ++ab) {
+                const bool overwritten = ab % 3 && active[ab / 2] && p.options.stop_gradient != StopGradient::projection;
+                if (!overwritten) __builtin_memset(s.grad[ab], 0, (size_t)(n[ab / 2] * padded<T>(n[ab % 2])) * sizeof(T));
+            }
         for (int a = 0; a < 2; ++a)
             if (active[a]) total += run_side<T>(p.options, a, n[a], n[1 - a], s, backward, weight);
     }

@@ -81,7 +81,7 @@ CACR_INLINE Vec<T> splat(T value) {
 
 template <typename T>
 CACR_INLINE Vec<T> select(IntVec<T> mask, Vec<T> yes, Vec<T> no) {
-    return (Vec<T>)(((IntVec<T>)yes & mask) | ((IntVec<T>)no & ~mask));
+    return mask ? yes : no;
 }
 
 // Lanes 0 .. count - 1 set.
@@ -95,21 +95,32 @@ CACR_INLINE IntVec<T> first_lanes(i64 count) {
 // Lane-wise maximum. A comparison with NaN is false, so NaN in a is dropped here; the row sums bring it back.
 template <typename T>
 CACR_INLINE Vec<T> larger(Vec<T> a, Vec<T> b) {
-    return select<T>(a > b, a, b);
+    return a > b ? a : b;
 }
 
-template <typename T>
+// Lane i of the result is v[i ^ Step].
+template <int Step, typename V, int... I>
+CACR_INLINE V swap_lanes(V v, Indices<I...>) {
+    return __builtin_shufflevector(v, v, (I ^ Step)...);
+}
+
+// Sum and maximum over the lanes, pairwise: log2(lanes) steps.
+template <typename T, int Step = kLanes<T> / 2>
 CACR_INLINE T sum_of(Vec<T> v) {
-    T total = v[0];
-    for (int i = 1; i < kLanes<T>; ++i) total += v[i];
-    return total;
+    const Vec<T> folded = v + swap_lanes<Step>(v, typename MakeIndices<kLanes<T>>::type{});
+    if constexpr (Step > 1)
+        return sum_of<T, Step / 2>(folded);
+    else
+        return folded[0];
 }
 
-template <typename T>
+template <typename T, int Step = kLanes<T> / 2>
 CACR_INLINE T max_of(Vec<T> v) {
-    T best = v[0];
-    for (int i = 1; i < kLanes<T>; ++i) best = v[i] > best ? v[i] : best;
-    return best;
+    const Vec<T> folded = larger<T>(v, swap_lanes<Step>(v, typename MakeIndices<kLanes<T>>::type{}));
+    if constexpr (Step > 1)
+        return max_of<T, Step / 2>(folded);
+    else
+        return folded[0];
 }
 
 // exp(v) for v <= 0 (NaN stays NaN, below the normal range 0): 2^n times the Taylor series of exp on [-ln 2 / 2, ln 2 / 2],
