@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cacr_uniter.data.batch import Batch
 from cacr_uniter.model import UniterForRetrieval
+from cacr_uniter.training.attention import LayerAttention
 from cacr_uniter.training.config import Half, TrainConfig
 from cacr_uniter.training.losses import AuxiliaryLoss, matching_loss
 from cacr_uniter.training.optim import FlatGradients
@@ -71,6 +72,7 @@ class Stepper:
         self.sampler = Sampler(source.image_of, source.n_images, config.run.seed, config.batch.anchors, draws)
         self.halves = halves_of(config)
         self.auxiliary = None if config.aux.loss == "none" else AuxiliaryLoss(config.aux)
+        self.attention = LayerAttention(model, [] if self.auxiliary is None else config.aux.layers)
         self.size = config.batch.negatives + 1
 
     def portions(self, start: int) -> Iterator[Portion]:
@@ -106,7 +108,7 @@ class Stepper:
         if self.hard:
             batch = self._mine(batch, len(portion.groups))
         config = self.config
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), self.attention.watch():
             output = self.model(batch)
         scores = output.rank_scores.view(-1, self.size)
         matching = matching_loss(scores, config.loss).sum()
@@ -117,6 +119,7 @@ class Stepper:
             congruence = self._auxiliary(portion.groups, batch, output.last_input)
             total = total + weight / config.batch.anchors * congruence
         self.accelerator.backward(total)
+        self.attention.forget()
         first = (scores[:, 1:] < scores[:, :1]).all(dim=1).sum()
         return torch.stack(
             [matching.detach(), congruence.detach(), first.float(), first.new_tensor(len(scores)).float()]
@@ -163,14 +166,13 @@ class Stepper:
         """Sum of the auxiliary loss over the matched pairs (row 0 of every group)."""
         assert self.auxiliary is not None
         rows: dict[Half, list[int]] = {}
-        for index, group in enumerate(groups):
+        for number, group in enumerate(groups):
             half: Half = group.half if self.config.aux.sides == "alternate" else "image"
-            rows.setdefault(half, []).append(index * self.size)
+            rows.setdefault(half, []).append(number * self.size)
         total = last_input.new_zeros((), dtype=torch.float32)
         for half, indices in rows.items():
-            pairs = batch.select(indices)
-            hidden = last_input.index_select(0, torch.tensor(indices, device=last_input.device))
-            with torch.autocast(last_input.device.type, enabled=False):
-                q, k = self.model.last_layer_qk(hidden.float())
+            index = torch.tensor(indices, device=last_input.device)
+            pairs = batch.select(index)
+            for q, k in self.attention.queries_and_keys(last_input, index):
                 total = total + self.auxiliary(q, k, pairs, half)
-        return total
+        return total / len(self.attention.layers)

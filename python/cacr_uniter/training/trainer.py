@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,13 @@ from cacr_uniter.training.data import open_dataset, open_source, resolve
 from cacr_uniter.training.logs import Display, RunLog
 from cacr_uniter.training.loop import Evaluation, Loop
 from cacr_uniter.training.optim import build_optimizer, trained_parameters
+from cacr_uniter.training.report import CURVES, write_report
 from cacr_uniter.training.source import PairSource
 from cacr_uniter.training.step import Stepper
 
 #: what a run writes into its folder
-CHECKPOINTS, LOG, CONFIG = "checkpoints", "log.jsonl", "config.yaml"
-CONTENTS = (CHECKPOINTS, LOG, CONFIG, "tensorboard", "report.md", "report")
+CHECKPOINTS, LOG, CONFIG, REPORT = "checkpoints", "log.jsonl", "config.yaml", "report.md"
+CONTENTS = (CHECKPOINTS, LOG, CONFIG, REPORT, CURVES, "tensorboard")
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,12 @@ def train_on(
     accelerator.wait_for_everyone()
     path = checkpoints.newest(out / CHECKPOINTS)
     assert path is not None
-    return TrainResult(out, path, done, done == config.optim.steps, log.history, time.monotonic() - started)
+    result = TrainResult(out, path, done, done == config.optim.steps, log.history, time.monotonic() - started)
+    if not (config.run.report and main and result.finished):
+        return result
+    with checkpoints.readable_errors(f"report {out / REPORT}"):
+        write_report(out / REPORT, config, log.history, path, accelerator)
+    return replace(result, report_path=out / REPORT)
 
 
 def _open_folder(config: TrainConfig, out: Path, accelerator: Accelerator) -> checkpoints.Checkpoint | None:
