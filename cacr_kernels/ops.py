@@ -59,18 +59,21 @@ def _backward(
 
 def _forward_fake(variant: str, inputs: list[Tensor], *problem: Any) -> tuple[Tensor, list[Tensor]]:
     *problem_args, needs_grad = problem
-    spans, _, _, backend = _unpack(tuple(problem_args))
+    spans, options, _, backend = _unpack(tuple(problem_args))
     x = inputs[0]
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     loss = x.new_empty(x.shape[:2], dtype=dtype)
-    return loss, _saved_fake(inputs, spans, backend) if needs_grad else []
+    return loss, _saved_fake(variant, inputs, spans, options, backend) if needs_grad else []
 
 
-def _saved_fake(inputs: list[Tensor], spans: Spans, backend: str) -> list[Tensor]:
+def _saved_fake(variant: str, inputs: list[Tensor], spans: Spans, options: Options, backend: str) -> list[Tensor]:
     if backend == "cpu":  # the gradients themselves, for grad_loss = 1
         return _gradients_fake(inputs)
-    shape = (*inputs[0].shape[:2], ROW_NUMBERS, spans.n_text + spans.n_vision)
-    return [inputs[0].new_empty(shape, dtype=torch.float32)]
+    shapes: list[tuple[Any, ...]] = [(*inputs[0].shape[:2], ROW_NUMBERS, spans.n_text + spans.n_vision)]
+    if variant == "qk" and options.kind == "scores":  # the D x D products C, W and M of both blocks
+        d = inputs[0].shape[-1]
+        shapes.append((*inputs[0].shape[:2], 2, 3, d, d))
+    return [inputs[0].new_empty(shape, dtype=torch.float32) for shape in shapes]
 
 
 def _gradients_fake(inputs: list[Tensor]) -> list[Tensor]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .qk_tiles import open_head, open_rows, operand
+from .qk_tiles import narrow, open_head, open_rows, operand
 
 
 @triton.jit
@@ -132,9 +132,9 @@ def qk_columns_kernel(
         if GRAD_X:
             if SCALED:
                 b_dx *= b_exp[None, :]
-            acc_q = gradient_dot(b_dx, b_u, acc_q, SCALED, PRECISION)
+            acc_q = gradient_dot(b_dx, b_u, acc_q, SCALED, PRECISION, UPCAST)
         if GRAD_Y:
-            acc_k = gradient_dot(b_dy, b_q, acc_k, SCALED, PRECISION)
+            acc_k = gradient_dot(b_dy, b_q, acc_k, SCALED, PRECISION, UPCAST)
     weight = row_weight(grad, s_gb, s_gh, i_b, i_h, n, ROW_MEAN)
     o_out = (row_u + o_n)[:, None] * D + o_d[None, :]
     if GRAD_X:
@@ -144,12 +144,14 @@ def qk_columns_kernel(
 
 
 @triton.jit
-def gradient_dot(b_grad, b_operand, acc, WIDE: tl.constexpr, PRECISION: tl.constexpr):
+def gradient_dot(b_grad, b_operand, acc, WIDE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     """acc + G A with the float32 tile G rounded to A's dtype. For float16 (WIDE) both go through tf32 instead, in
     which A is exact and G keeps its range: gradients neither overflow nor become subnormal."""
     if WIDE:
         acc = tl.dot(b_grad, b_operand.to(tl.float32), acc, input_precision="tf32")
     else:
+        if UPCAST:
+            b_grad = narrow(b_grad, tl.bfloat16, UPCAST)
         acc = tl.dot(b_grad.to(b_operand.dtype), b_operand, acc, input_precision=PRECISION)
     return acc
 
@@ -245,9 +247,9 @@ def qk_rows_kernel(
             c_y[:, None],
         )
         if GRAD_X:
-            acc_u = gradient_dot(b_dx, b_q, acc_u, SCALED, PRECISION)
+            acc_u = gradient_dot(b_dx, b_q, acc_u, SCALED, PRECISION, UPCAST)
         if GRAD_Y:
-            acc_q = gradient_dot(b_dy, b_k, acc_q, SCALED, PRECISION)
+            acc_q = gradient_dot(b_dy, b_k, acc_q, SCALED, PRECISION, UPCAST)
     weight = row_weight(grad, s_gb, s_gh, i_b, i_h, n, ROW_MEAN)
     if GRAD_X:
         tl.store(du + o_u, acc_u * weight, mask=mask_md)

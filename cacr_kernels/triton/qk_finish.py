@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .qk_tiles import open_head, open_rows, rows_times_matrix
+from .qk_tiles import narrow, open_head, open_rows, rows_times_matrix
 
 
 @triton.jit(do_not_specialize=["spans", "n_tokens", "heads", "group"])
@@ -33,6 +33,7 @@ def qk_finish_q_kernel(
     VISION: tl.constexpr,
     GRAD_X: tl.constexpr,
     PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
     """grad_q = dX^T U + c dY K_a + dU_a M_a^T + K_a dC_a for BLOCK_M positions of one query head."""
     i_bh = tl.program_id(0).to(tl.int64)
@@ -60,7 +61,7 @@ def qk_finish_q_kernel(
                 acc = rows_times_matrix(acc, p_k, k.s_r, k.s_c, o_m, mask_m, dc, D, 1, D, BLOCK_D, BLOCK_F, PRECISION)
     acc = tl.where(valid, acc, float("nan"))
     out += i_bh * n_tokens * D
-    tl.store(out + o_md, acc.to(out.dtype.element_ty), mask=(o_m < n_tokens)[:, None] & (o_e < D)[None, :])
+    tl.store(out + o_md, narrow(acc, out.dtype.element_ty, UPCAST), mask=(o_m < n_tokens)[:, None] & (o_e < D)[None, :])
 
 
 @triton.jit(do_not_specialize=["spans", "n_tokens", "key_heads", "group"])
@@ -83,6 +84,7 @@ def qk_finish_k_kernel(
     GRAD_X: tl.constexpr,
     GRAD_Y: tl.constexpr,
     PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
     """grad_k = sum of c dY^T Q_a + Q_a dC_a^T + K_a (dW_a + dW_a^T) over the query heads of one key head, in order."""
     i_bk = tl.program_id(0).to(tl.int64)
@@ -127,4 +129,4 @@ def qk_finish_k_kernel(
                     )
     acc = tl.where(valid, acc, float("nan"))
     out += i_bk * n_tokens * D
-    tl.store(out + o_md, acc.to(out.dtype.element_ty), mask=(o_m < n_tokens)[:, None] & (o_e < D)[None, :])
+    tl.store(out + o_md, narrow(acc, out.dtype.element_ty, UPCAST), mask=(o_m < n_tokens)[:, None] & (o_e < D)[None, :])

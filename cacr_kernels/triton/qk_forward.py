@@ -78,8 +78,6 @@ def qk_forward_kernel(
     is_text = i_tile < tiles_text
     start, n, _, _ = open_rows(spans, i_b, is_text)
     first = tl.where(is_text, i_tile, i_tile - tiles_text) * BLOCK_M
-    if first >= n:
-        return
     o_m = first + tl.arange(0, BLOCK_M)
     o_d = tl.arange(0, BLOCK_D)
     mask_m = o_m < n
@@ -103,7 +101,7 @@ def qk_forward_kernel(
     l_y = tl.zeros([BLOCK_M], tl.float32)
     a_x = tl.zeros([BLOCK_M], tl.float32)
     a_y = tl.zeros([BLOCK_M], tl.float32)
-    for i_n in range(0, n, BLOCK_N):
+    for i_n in range(0, tl.where(first < n, n, 0), BLOCK_N):
         o_n = i_n + tl.arange(0, BLOCK_N)
         mask_n = o_n < n
         mask_dn = mask_d[:, None] & mask_n[None, :]
@@ -122,13 +120,18 @@ def qk_forward_kernel(
             b_x + b_floor, b_y * y_scale + b_floor, m_x, l_x, a_x, m_y, l_y, a_y
         )
 
+    # rows beyond the span, up to the bound of the spans, hold zeros
+    mask_stats = o_m < tl.where(is_text, spans.n_text, spans.n_vision)
     o_stats = stats + i_bh * 8 * rows + tl.where(is_text, 0, spans.n_text) + o_m
-    tl.store(o_stats, m_x, mask=mask_m)
-    tl.store(o_stats + rows, l_x, mask=mask_m)
-    tl.store(o_stats + 2 * rows, m_y, mask=mask_m)
-    tl.store(o_stats + 3 * rows, l_y, mask=mask_m)
-    tl.store(o_stats + 4 * rows, a_x / l_x * 0.6931471805599453, mask=mask_m)
-    tl.store(o_stats + 5 * rows, a_y / l_y * 0.6931471805599453, mask=mask_m)
+    zero = tl.zeros([BLOCK_M], tl.float32)
+    tl.store(o_stats, tl.where(mask_m, m_x, zero), mask=mask_stats)
+    tl.store(o_stats + rows, tl.where(mask_m, l_x, zero), mask=mask_stats)
+    tl.store(o_stats + 2 * rows, tl.where(mask_m, m_y, zero), mask=mask_stats)
+    tl.store(o_stats + 3 * rows, tl.where(mask_m, l_y, zero), mask=mask_stats)
+    tl.store(o_stats + 4 * rows, tl.where(mask_m, a_x / l_x * 0.6931471805599453, zero), mask=mask_stats)
+    tl.store(o_stats + 5 * rows, tl.where(mask_m, a_y / l_y * 0.6931471805599453, zero), mask=mask_stats)
+    tl.store(o_stats + 6 * rows, zero, mask=mask_stats)
+    tl.store(o_stats + 7 * rows, zero, mask=mask_stats)
 
 
 @triton.jit(do_not_specialize=["spans", "heads"])

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .qk_tiles import open_head, open_rows, operand, rows_times_matrix
+from .qk_tiles import narrow, open_head, open_rows, operand, rows_times_matrix
 
 
 @triton.jit(do_not_specialize=["spans", "s_chunk", "heads", "group", "chunks", "chunk_tokens", "first_block"])
@@ -134,6 +134,7 @@ def qk_project_kernel(
     PAIR: tl.constexpr,
     SCALED: tl.constexpr,
     PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
     """log2(e) U = log2(e) Q_a M_a for BLOCK_M rows of one side, in q's dtype: a hi + lo pair if that has 16 bits."""
     i_bh = tl.program_id(0).to(tl.int64)
@@ -163,10 +164,10 @@ def qk_project_kernel(
         b_u *= tl.exp2(-power)[:, None]
     o_u = o_row[:, None] * D + o_e[None, :]
     mask_u = mask_m[:, None] & (o_e < D)[None, :]
-    b_hi = b_u.to(u_hi.dtype.element_ty)
+    b_hi = narrow(b_u, u_hi.dtype.element_ty, UPCAST)
     tl.store(u_hi + o_u, b_hi, mask=mask_u)
     if PAIR:
-        tl.store(u_lo + o_u, (b_u - b_hi.to(tl.float32)).to(u_lo.dtype.element_ty), mask=mask_u)
+        tl.store(u_lo + o_u, narrow(b_u - b_hi.to(tl.float32), u_lo.dtype.element_ty, UPCAST), mask=mask_u)
 
 
 @triton.jit(do_not_specialize=["spans", "heads", "first_block"])

@@ -51,6 +51,10 @@ class QKProblem:
     def float32(self, *shape: int) -> Tensor:
         return self.q.new_empty(shape, dtype=torch.float32)
 
+    def saved(self, *shape: int) -> Tensor:
+        """A result whose half for a side that is not asked for reads as zeros."""
+        return self.float32(*shape) if self.n_blocks == 2 else self.float32(*shape).zero_()
+
 
 def architecture(device: torch.device) -> int:
     """10 * major + minor of the compute capability; 0 off the GPU, where kernels are interpreted."""
@@ -103,7 +107,7 @@ def gram(problem: QKProblem, x: Tensor, y: Tensor, out: Tensor, first_block: int
 def products_of(problem: QKProblem) -> Tensor:
     """Float32 [B, H, 2, 3, D, D]: C_b = K_b^T Q_b, W_b = K_b^T K_b, M = s c^3 C_b W_b of the blocks a side needs."""
     p, tile = problem, problem.launch("mix")
-    products = p.float32(p.batch, p.heads, 2, 3, p.d, p.d)
+    products = p.saved(p.batch, p.heads, 2, 3, p.d, p.d)
     gram(p, p.k, p.q, products, p.first_block, True)
     qk_mix_kernel[(p.batch * p.heads, p.n_blocks, triton.cdiv(p.d, tile.m))](
         products,
@@ -147,6 +151,7 @@ def project(problem: QKProblem, products: Tensor) -> tuple[Tensor, Tensor | None
         PAIR=p.pair,
         SCALED=p.scaled,
         PRECISION=tile.precision,
+        UPCAST=p.upcast,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
@@ -161,7 +166,7 @@ def scores_qk_forward(
     tile = p.launch("forward")
     products = products_of(p)
     u_hi, u_lo, u_exp = project(p, products)
-    stats = p.float32(p.batch, p.heads, ROW_NUMBERS, spans.n_text + spans.n_vision)
+    stats = p.saved(p.batch, p.heads, ROW_NUMBERS, spans.n_text + spans.n_vision)
     loss = p.float32(p.batch, p.heads)
     tiles_text, tiles = p.tiles(tile.m)
     qk_forward_kernel[(p.batch * p.heads, tiles)](
@@ -299,6 +304,7 @@ def finish(
         "VISION": p.options.vision,
         "GRAD_X": p.grad_x,
         "PRECISION": tile.precision,
+        "UPCAST": p.upcast,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
     }

@@ -36,6 +36,16 @@ def operand(x, UPCAST: tl.constexpr):
 
 
 @triton.jit
+def narrow(x, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
+    """float32 x rounded to nearest even in DTYPE; the interpreter would cut the bits of bfloat16 off."""
+    if UPCAST:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        x = tl.where(x == x, bits.to(tl.uint32).to(tl.float32, bitcast=True), x)
+    return x.to(DTYPE)
+
+
+@triton.jit
 def rows_times_matrix(
     acc,  # [BLOCK_M, BLOCK_D] float32
     x,  # row 0 of X [rows, D], any float dtype

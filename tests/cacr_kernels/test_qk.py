@@ -1,0 +1,247 @@
+"""fused_cacr_qk on every backend: equal to the closed form on S = c q k^T in float64, whatever the layout."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from cacr_kernels import fused_cacr_qk
+from cacr_kernels.reference import cacr_closed_form
+from cacr_kernels.testing import errors, loss_and_gradients, relative_error
+
+#: largest root mean square error relative to float64: loss, gradient
+BUDGET = {
+    torch.float32: (1e-6, 5e-5),
+    torch.float16: (1e-6, 5e-4),
+    torch.bfloat16: (1e-5, 4e-3),
+}
+
+
+@pytest.fixture
+def kernel(backend):
+    if backend == "cuda":
+        pytest.skip("the CUDA backend computes fused_cacr only")
+    return backend
+
+
+def make_qk(
+    n, d, *, batch=1, heads=2, key_heads=None, std=1.0, mean=0.0, dtype=torch.float32, device="cpu", seed=0
+) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(batch, heads, n, d, generator=generator) * std + mean
+    k = torch.randn(batch, key_heads or heads, n, d, generator=generator) * std + mean
+    return q.to(dtype).to(device), k.to(dtype).to(device)
+
+
+def attention(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    return (q.shape[-1] ** -0.5 if scale is None else scale) * q @ k.mT
+
+
+def closed_form(q: Tensor, k: Tensor, n_text, *, scale=None, **options) -> Tensor:
+    return cacr_closed_form(attention(q, k, scale), n_text, **options)
+
+
+def check(backend, q, k, n_text, *, loss_budget=2e-6, gradient_budget=1e-4, weights=None, **options) -> None:
+    """Loss and both gradients against the closed form in float64 on the same values."""
+
+    def weighted(loss):
+        return loss if weights is None else (loss * weights.to(loss)).sum()
+
+    options = {"reduction": "sum" if weights is None else "none", **options}
+    loss, gradients = loss_and_gradients(
+        lambda a, b: weighted(fused_cacr_qk(a, b, n_text, backend=backend, **options)), q, k
+    )
+    expected, expected_gradients = loss_and_gradients(
+        lambda a, b: weighted(closed_form(a, b, n_text, **options)), q.double(), k.double()
+    )
+    assert relative_error(loss, expected) <= loss_budget
+    for name, gradient, want in zip("qk", gradients, expected_gradients):
+        assert gradient.shape == want.shape
+        assert gradient.dtype == q.dtype
+        if (want == 0).all():
+            assert gradient.abs().max() <= 1e-6, f"gradient of {name}"
+        else:
+            assert relative_error(gradient, want) <= gradient_budget, f"gradient of {name}"
+
+
+@pytest.mark.parametrize("dtype", BUDGET, ids=str)
+def test_error_budget_over_32_problems(kernel, device, dtype):
+    problems = (
+        make_qk(28, 32, batch=2, std=(0.5, 1.0)[i % 2], mean=(0.0, 0.3)[i // 4], dtype=dtype, device=device, seed=i)
+        for i in range(8)
+    )
+    measured = errors(
+        lambda q, k: fused_cacr_qk(q, k, 9, backend=kernel),
+        lambda q, k: closed_form(q, k, 9),
+        problems,
+    )
+    loss_budget, gradient_budget = BUDGET[dtype]
+    assert measured.loss <= loss_budget
+    assert measured.gradient <= gradient_budget
+
+
+@pytest.mark.parametrize("d", [32, 64, 80, 96, 128, 256])
+def test_head_sizes(kernel, device, d):
+    check(kernel, *make_qk(41, d, heads=1, device=device, std=0.7), 17)
+
+
+@pytest.mark.parametrize(("n_text", "n_vision"), [(1, 1), (1, 7), (63, 2), (33, 65)])
+def test_sizes_around_the_tiles(kernel, device, n_text, n_vision):
+    check(kernel, *make_qk(n_text + n_vision, 32, heads=1, device=device, std=0.7), n_text)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sides": "text", "row_reduction": "mean"},
+        {"sides": "vision", "projection_scale": "mean"},
+        {"stop_gradient": "target", "projection_scale": 0.25},
+        {"stop_gradient": "projection", "sides": "vision"},
+        {"scale": 0.05},
+        {"scale": -0.3},
+    ],
+    ids=str,
+)
+def test_options(kernel, device, options):
+    check(kernel, *make_qk(26, 32, device=device, std=0.7), 11, **options)
+
+
+@pytest.mark.parametrize("key_heads", [1, 2])
+def test_grouped_queries(kernel, device, key_heads):
+    q, k = make_qk(25, 32, batch=2, heads=4, key_heads=key_heads, device=device, std=0.7)
+    check(kernel, q, k, 9)
+
+
+def test_vision_before_text_and_gaps(kernel, device):
+    check(kernel, *make_qk(40, 32, device=device, std=0.7), 13, text_start=24, n_vision=19, vision_start=2)
+
+
+def layouts(device):
+    base = make_qk(24, 32, batch=2, device=device, std=0.7)
+    fused = make_qk(24, 64, batch=2, device=device, std=0.7)
+    by_token = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in base]
+    return {
+        "token major": by_token,
+        "sliced qkv": [fused[0][..., :32], fused[1][..., 32:]],
+        "strided channels": [x[..., ::2] for x in fused],
+        "expanded": [base[0][:1].expand(2, -1, -1, -1), base[1][:, :1].expand(-1, 2, -1, -1)],
+        "one tensor twice": [base[0], base[0]],
+    }
+
+
+@pytest.mark.parametrize("layout", ["token major", "sliced qkv", "strided channels", "expanded", "one tensor twice"])
+def test_layouts(kernel, device, layout):
+    check(kernel, *layouts(device)[layout], 10)
+
+
+def test_grad_output_of_any_scale(kernel, device):
+    weights = torch.tensor([[1.0, -2.5], [0.0, 1e-3]], device=device)
+    check(kernel, *make_qk(24, 32, batch=2, device=device, std=0.7), 10, weights=weights)
+
+
+SPANS = [[1, 10, 13, 27], [22, 18, 2, 20], [0, 0, 5, 5], [3, 8, 11, 1]]
+
+
+def spans(device, rows=SPANS):
+    text_start, n_text, vision_start, n_vision = torch.tensor(rows, dtype=torch.int32, device=device).unbind(1)
+    return n_text, {"text_start": text_start, "vision_start": vision_start, "n_vision": n_vision}
+
+
+def outside_spans(n, rows=SPANS):
+    position = torch.arange(n)
+    inside = [((position >= t) & (position < t + a)) | ((position >= v) & (position < v + b)) for t, a, v, b in rows]
+    return ~torch.stack(inside)
+
+
+@pytest.mark.parametrize("bounds", [{}, {"max_n_text": 20, "max_n_vision": 30}], ids=["default bounds", "bounds"])
+def test_ragged_spans_ignore_what_lies_outside(kernel, device, bounds):
+    q, k = make_qk(40, 32, batch=4, key_heads=1, device=device, std=0.7)
+    n_text, others = spans(device)
+    check(kernel, q, k, n_text, **others, **bounds)
+    outside = outside_spans(40).to(device)[:, None, :, None]
+    poisoned = [x.masked_fill(outside, math.nan) for x in (q, k)]
+    run = lambda a, b: fused_cacr_qk(a, b, n_text, **others, **bounds, backend=kernel)  # noqa: E731
+    loss, gradients = loss_and_gradients(run, q, k)
+    poisoned_loss, poisoned_gradients = loss_and_gradients(run, *poisoned)
+    assert torch.equal(loss, poisoned_loss)
+    for gradient, want in zip(poisoned_gradients, gradients):
+        assert torch.equal(gradient, want)
+        assert (gradient.masked_select(outside) == 0).all()
+
+
+def test_invalid_spans_poison_their_example_only(kernel, device):
+    """Below the public function, which refuses such spans where it can read them without a synchronisation."""
+    if kernel == "reference":
+        pytest.skip("the reference is plain PyTorch, without operators")
+    q, k = make_qk(40, 32, batch=5, heads=1, device=device, std=0.7)
+    rows = [SPANS[0], [0, 10, 35, 6], [-1, 4, 20, 4], [0, 30, 12, 9], [2, 21, 30, 4]]
+    table = torch.tensor(rows, dtype=torch.int32, device=device)
+    forward, backward = torch.ops.cacr_kernels.qk_forward, torch.ops.cacr_kernels.qk_backward
+    results = []
+    for inputs, spans in (([q, k], (table, 0, 20, 0, 40)), ([q[:1], k[:1]], (None, *SPANS[0]))):
+        problem = (*spans, "scores", "both", 1.0, False, False, "none", 0.2, kernel)
+        loss, saved = forward(inputs, *problem, True)
+        results.append((loss, *backward(torch.ones_like(loss), inputs, saved, *problem)))
+    for actual, valid in zip(*results):
+        assert relative_error(actual[:1], valid) < 1e-6
+        assert torch.isnan(actual[1:]).all()
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 8, 32), (2, 2, 8, 32)], ids=["batch 0", "empty span"])
+def test_nothing_to_compare_is_zero(kernel, device, shape):
+    q = torch.randn(shape, device=device)
+    loss, gradients = loss_and_gradients(lambda a, b: fused_cacr_qk(a, b, 0, backend=kernel, reduction="sum"), q, q)
+    assert loss == 0
+    assert all(g.shape == q.shape and (g == 0).all() for g in gradients)
+
+
+def test_deterministic(kernel, device):
+    q, k = make_qk(90, 32, heads=4, key_heads=2, device=device, dtype=torch.float16)
+    runs = [loss_and_gradients(lambda a, b: fused_cacr_qk(a, b, 50, backend=kernel), q, k) for _ in range(2)]
+    assert torch.equal(runs[0][0], runs[1][0])
+    assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1]))
+
+
+def test_float16_where_its_range_ends(kernel, device):
+    """X reaches 1e6 and U 1e5: both beyond float16; the loss and the gradient are still those of float64."""
+    q, k = make_qk(40, 32, heads=1, std=5.0, dtype=torch.float16, device=device)
+    projected = attention(q.double(), k.double())
+    assert (projected[..., :16, 16:] @ projected[..., 16:, 16:] @ projected[..., :16, 16:].mT).abs().max() > 65504
+    weights = torch.tensor([[1e-3]], device=device)
+    check(kernel, q, k, 16, weights=weights, gradient_budget=5e-4)
+
+
+@pytest.mark.parametrize("spans_kind", ["ints", "table"])
+def test_opcheck(kernel, device, spans_kind):
+    if kernel == "reference":
+        pytest.skip("the reference is plain PyTorch, without operators")
+    q, k = make_qk(12, 32, batch=2, heads=4, key_heads=2, device=device)
+    table = torch.tensor([[0, 4, 4, 5], [1, 3, 5, 2]], dtype=torch.int32, device=device)
+    options = (0, 4, 4, 5, "scores", "both", 1.0, False, False, "none")
+    problem = (table if spans_kind == "table" else None, *options, 0.2, kernel)
+    torch.library.opcheck(torch.ops.cacr_kernels.qk_forward, ([q, k], *problem, True))
+    loss, saved = torch.ops.cacr_kernels.qk_forward([q, k], *problem, True)
+    grad_loss = torch.ones((), device=device).expand(loss.shape)
+    torch.library.opcheck(torch.ops.cacr_kernels.qk_backward, (grad_loss, [q, k], saved, *problem))
+    assert torch.ops.cacr_kernels.qk_forward([q, k], *problem, False)[1] == []
+
+
+@pytest.mark.parametrize("key_heads", [1, 2])
+def test_gradcheck(key_heads):
+    q, k = (x.double().requires_grad_() for x in make_qk(6, 3, key_heads=key_heads, std=0.7))
+    for backend in ("cpu", "reference"):
+        assert torch.autograd.gradcheck(lambda a, b, x=backend: fused_cacr_qk(a, b, 2, backend=x), (q, k))
+
+
+def test_compile_without_graph_breaks(kernel, device):
+    compiled = torch.compile(lambda a, b: fused_cacr_qk(a, b, 5, backend=kernel), fullgraph=True, dynamic=True)
+    for n in (12, 13, 17):
+        q, k = make_qk(n, 32, device=device)
+        loss, gradients = loss_and_gradients(compiled, q, k)
+        want, want_gradients = loss_and_gradients(lambda a, b: fused_cacr_qk(a, b, 5, backend=kernel), q, k)
+        assert relative_error(loss, want) < 1e-6
+        assert all(relative_error(a, b) < 1e-6 for a, b in zip(gradients, want_gradients))
