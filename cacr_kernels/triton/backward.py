@@ -15,7 +15,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import dot, load_factor, load_grad_loss, load_tile, open_gradient, open_side, open_u, open_v, store_tile
+from .common import (
+    dot,
+    inside_tile,
+    load_factor,
+    load_grad_loss,
+    load_tile,
+    open_gradient,
+    open_side,
+    open_u,
+    open_v,
+    store_tile,
+)
 from .products import project_rows, projected_tile
 from .rows import load_rows, rows_gradient, side_scale, target_gradient, target_logits
 
@@ -53,27 +64,24 @@ def backward_rows_kernel(
     is_text = i_tile < n_text_tiles
     side = open_side(tt, tv, vt, vv, spans, stats, i_problem, n_heads, is_text)
     scale, weight, active = side_scale(scaling, side)
-    i_0 = tl.where(is_text, i_tile, i_tile - n_text_tiles) * BLOCK_I
-    if (i_0 < side.n_a) & active:
-        o_i = i_0 + tl.arange(0, BLOCK_I)
+    i = tl.where(is_text, i_tile, i_tile - n_text_tiles) * BLOCK_I
+    if (i < side.n_a) & active:
         m_u = open_u(work, side, i_problem)
-        project_rows(side, m_u, o_i, KIND, DOT, UNIT, BLOCK_I, BLOCK_C, BLOCK_K)
+        project_rows(side, m_u, i, KIND, DOT, UNIT, BLOCK_I, BLOCK_C, BLOCK_K)
         if GRAD_X:
             m_v = open_v(work, side, i_problem)
             g = load_grad_loss(grad_loss, s_g_b, s_g_h, i_problem, n_heads) * weight * scale
-            m_x, l_x, m_y, l_y, e_p, e_q = load_rows(side, o_i)
+            rows = load_rows(side, i, BLOCK_I)
             for c in range(0, side.n_b, BLOCK_C):
-                o_c = c + tl.arange(0, BLOCK_C)
                 b_v = tl.zeros([BLOCK_I, BLOCK_C], tl.float32)
                 for j in range(0, side.n_a, BLOCK_J):
-                    o_j = j + tl.arange(0, BLOCK_J)
-                    b_x = projected_tile(side, m_u, o_i, o_j, KIND, DOT, UNIT, BLOCK_I, BLOCK_J, BLOCK_K) * scale
-                    b_y = target_logits(load_tile(side.own, o_i, o_j, UNIT, DOT), KIND)
-                    inside = (o_i < side.n_a)[:, None] & (o_j < side.n_a)[None, :]
-                    b_dx, b_dy = rows_gradient(b_x, b_y, m_x, l_x, m_y, l_y, e_p, e_q, inside)
+                    b_x = projected_tile(side, m_u, i, j, KIND, DOT, UNIT, BLOCK_I, BLOCK_J, BLOCK_K) * scale
+                    b_y = target_logits(load_tile(side.own, i, j, BLOCK_I, BLOCK_J, UNIT, DOT), KIND)
+                    inside = inside_tile(side.own, i, j, BLOCK_I, BLOCK_J)
+                    b_dx, b_dy = rows_gradient(b_x, b_y, rows, inside)
                     # V += G F: [I, C] += [I, J] [J, C]
-                    b_v = dot(b_dx * g, load_factor(side.cross, o_j, o_c, KIND, UNIT, DOT), b_v, DOT)
-                store_tile(m_v, b_v, o_i, o_c)
+                    b_v = dot(b_dx * g, load_factor(side.cross, j, c, BLOCK_J, BLOCK_C, KIND, UNIT, DOT), b_v, DOT)
+                store_tile(m_v, b_v, i, c, BLOCK_I, BLOCK_C)
 
 
 @triton.jit(do_not_specialize=[*UNSPECIALIZED, "grad_tv", "grad_vt"])
@@ -108,53 +116,48 @@ def backward_cross_kernel(
     is_text = i_tile < n_text_tiles
     side = open_side(tt, tv, vt, vv, spans, stats, i_problem, n_heads, is_text)
     scale, weight, active = side_scale(scaling, side)
-    j_0 = tl.where(is_text, i_tile, i_tile - n_text_tiles) * BLOCK_J
-    if (j_0 < side.n_a) & active:
+    j = tl.where(is_text, i_tile, i_tile - n_text_tiles) * BLOCK_J
+    if (j < side.n_a) & active:
         g = load_grad_loss(grad_loss, s_g_b, s_g_h, i_problem, n_heads) * weight * scale
         m_u = open_u(work, side, i_problem)
         m_v = open_v(work, side, i_problem)
         grad = tl.where(is_text, grad_tv, grad_vt)
         m_g = open_gradient(grad, spans, i_problem, n_heads, is_text, is_text == 0, side.n_a, side.n_b)
-        o_j = j_0 + tl.arange(0, BLOCK_J)
         for c in range(0, side.n_b, BLOCK_C):
-            o_c = c + tl.arange(0, BLOCK_C)
             b_df = tl.zeros([BLOCK_J, BLOCK_C], tl.float32)
             b_sum = tl.zeros([BLOCK_J], tl.float32)
             for i in range(0, side.n_a, BLOCK_I):
-                o_i = i + tl.arange(0, BLOCK_I)
-                m_x, l_x, m_y, l_y, e_p, e_q = load_rows(side, o_i)
-                b_x = projected_tile(side, m_u, o_i, o_j, KIND, DOT, UNIT, BLOCK_I, BLOCK_J, BLOCK_K)
-                b_y = target_logits(load_tile(side.own, o_i, o_j, UNIT, DOT), KIND)
-                inside = (o_i < side.n_a)[:, None] & (o_j < side.n_a)[None, :]
-                b_dx, b_dy = rows_gradient(b_x * scale, b_y, m_x, l_x, m_y, l_y, e_p, e_q, inside)
+                rows = load_rows(side, i, BLOCK_I)
+                b_x = projected_tile(side, m_u, i, j, KIND, DOT, UNIT, BLOCK_I, BLOCK_J, BLOCK_K)
+                b_y = target_logits(load_tile(side.own, i, j, BLOCK_I, BLOCK_J, UNIT, DOT), KIND)
+                inside = inside_tile(side.own, i, j, BLOCK_I, BLOCK_J)
+                b_dx, b_dy = rows_gradient(b_x * scale, b_y, rows, inside)
                 b_g = b_dx * g
                 if KIND == "softmax":
                     b_sum += tl.sum(b_g * b_x, 0)
                 # dF += G^T U: [J, C] += [J, I] [I, C]
-                b_df = dot(tl.trans(b_g), load_tile(m_u, o_i, o_c, True, DOT), b_df, DOT)
+                b_df = dot(tl.trans(b_g), load_tile(m_u, i, c, BLOCK_I, BLOCK_C, True, DOT), b_df, DOT)
             for k in range(0, side.n_b, BLOCK_K):
                 # dF += V S_bb^T: [J, C] += [J, K] [K, C]
-                o_k = k + tl.arange(0, BLOCK_K)
-                b_v = load_tile(m_v, o_j, o_k, True, DOT)
-                b_df = dot(b_v, tl.trans(load_factor(side.other, o_c, o_k, KIND, UNIT, DOT)), b_df, DOT)
+                b_v = load_tile(m_v, j, k, BLOCK_J, BLOCK_K, True, DOT)
+                b_df = dot(b_v, tl.trans(load_factor(side.other, c, k, BLOCK_C, BLOCK_K, KIND, UNIT, DOT)), b_df, DOT)
                 if KIND == "softmax":
-                    b_sum += tl.sum(b_v * load_tile(m_u, o_j, o_k, True, DOT), 1)
+                    b_sum += tl.sum(b_v * load_tile(m_u, j, k, BLOCK_J, BLOCK_K, True, DOT), 1)
             if KIND == "softmax":
-                b_df = load_factor(side.cross, o_j, o_c, KIND, UNIT, DOT) * (b_df - b_sum[:, None])
-            store_tile(m_g, b_df, o_j, o_c)
+                b_df = load_factor(side.cross, j, c, BLOCK_J, BLOCK_C, KIND, UNIT, DOT) * (b_df - b_sum[:, None])
+            store_tile(m_g, b_df, j, c, BLOCK_J, BLOCK_C)
 
 
 @triton.jit
 def inner_tile(
-    back, m_v, o_i, o_j, KIND: tl.constexpr, DOT: tl.constexpr, UNIT: tl.constexpr,
+    back, m_v, i, j, KIND: tl.constexpr, DOT: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """F_b^T V_b: [I, J] = sum of [I, K] [K, J] over n_b, the gradient of S_aa as inner block of side b (``back``)."""
     b_ds = tl.zeros([BLOCK_I, BLOCK_J], tl.float32)
     for k in range(0, back.n_a, BLOCK_K):
-        o_k = k + tl.arange(0, BLOCK_K)
-        b_f = load_factor(back.cross, o_k, o_i, KIND, UNIT, DOT)
-        b_ds = dot(tl.trans(b_f), load_tile(m_v, o_k, o_j, True, DOT), b_ds, DOT)
+        b_f = load_factor(back.cross, k, i, BLOCK_K, BLOCK_I, KIND, UNIT, DOT)
+        b_ds = dot(tl.trans(b_f), load_tile(m_v, k, j, BLOCK_K, BLOCK_J, True, DOT), b_ds, DOT)
     return b_ds
 
 
@@ -197,11 +200,10 @@ def backward_own_kernel(
     back = open_side(tt, tv, vt, vv, spans, stats, i_problem, n_heads, is_text == 0)
     scale, weight, active = side_scale(scaling, side)
     back_scale, back_weight, back_active = side_scale(scaling, back)
-    i_0 = tl.where(is_text, i_tile, i_tile - n_text_tiles) * BLOCK_I
-    if i_0 < side.n_a:
-        o_i = i_0 + tl.arange(0, BLOCK_I)
+    i = tl.where(is_text, i_tile, i_tile - n_text_tiles) * BLOCK_I
+    if i < side.n_a:
         g = load_grad_loss(grad_loss, s_g_b, s_g_h, i_problem, n_heads) * weight
-        m_x, l_x, m_y, l_y, e_p, e_q = load_rows(side, o_i)
+        rows = load_rows(side, i, BLOCK_I)
         m_u = open_u(work, side, i_problem)
         m_v = open_v(work, back, i_problem)
         grad = tl.where(is_text, grad_tt, grad_vv)
@@ -210,22 +212,20 @@ def backward_own_kernel(
         if GRAD_X and KIND == "softmax":
             if back_active:
                 for j in range(0, side.n_a, BLOCK_J):
-                    o_j = j + tl.arange(0, BLOCK_J)
-                    b_ds = inner_tile(back, m_v, o_i, o_j, KIND, DOT, UNIT, BLOCK_I, BLOCK_J, BLOCK_K)
-                    b_sum += tl.sum(b_ds * load_factor(side.own, o_i, o_j, KIND, UNIT, DOT), 1)
+                    b_ds = inner_tile(back, m_v, i, j, KIND, DOT, UNIT, BLOCK_I, BLOCK_J, BLOCK_K)
+                    b_sum += tl.sum(b_ds * load_factor(side.own, i, j, BLOCK_I, BLOCK_J, KIND, UNIT, DOT), 1)
         for j in range(0, side.n_a, BLOCK_J):
-            o_j = j + tl.arange(0, BLOCK_J)
             b_ds = tl.zeros([BLOCK_I, BLOCK_J], tl.float32)
             if GRAD_X:
                 if back_active:
-                    b_ds = inner_tile(back, m_v, o_i, o_j, KIND, DOT, UNIT, BLOCK_I, BLOCK_J, BLOCK_K)
+                    b_ds = inner_tile(back, m_v, i, j, KIND, DOT, UNIT, BLOCK_I, BLOCK_J, BLOCK_K)
                     if KIND == "softmax":
-                        b_ds = load_factor(side.own, o_i, o_j, KIND, UNIT, DOT) * (b_ds - b_sum[:, None])
+                        b_ds = load_factor(side.own, i, j, BLOCK_I, BLOCK_J, KIND, UNIT, DOT) * (b_ds - b_sum[:, None])
             if GRAD_Y:
                 if active:
-                    b_x = projected_tile(side, m_u, o_i, o_j, KIND, DOT, UNIT, BLOCK_I, BLOCK_J, BLOCK_K) * scale
-                    b_s = load_tile(side.own, o_i, o_j, UNIT, DOT)
-                    inside = (o_i < side.n_a)[:, None] & (o_j < side.n_a)[None, :]
-                    b_dx, b_dy = rows_gradient(b_x, target_logits(b_s, KIND), m_x, l_x, m_y, l_y, e_p, e_q, inside)
+                    b_x = projected_tile(side, m_u, i, j, KIND, DOT, UNIT, BLOCK_I, BLOCK_J, BLOCK_K) * scale
+                    b_s = load_tile(side.own, i, j, BLOCK_I, BLOCK_J, UNIT, DOT)
+                    inside = inside_tile(side.own, i, j, BLOCK_I, BLOCK_J)
+                    b_dx, b_dy = rows_gradient(b_x, target_logits(b_s, KIND), rows, inside)
                     b_ds += target_gradient(b_dy * g, b_s, KIND)
-            store_tile(m_g, b_ds, o_i, o_j)
+            store_tile(m_g, b_ds, i, j, BLOCK_I, BLOCK_J)

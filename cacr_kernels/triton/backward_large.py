@@ -1,6 +1,6 @@
 """Backward for large spans, one side at a time: G [n_a, n_a] is kept in the workspace, then two products a launch.
 
-With G = scale dX:  V = G F,  dF = V S_bb^T + G^T U,  dS_ab = dF  (F = S_ab, U = F S_bb; kind "softmax": see backward.py).
+With G = scale dX:  V = G F,  dF = V S_bb^T + G^T U,  dS_ab = dF  (F = S_ab, U = F S_bb; softmax: see backward.py).
 The own blocks are left to backward_own_kernel. Order and workspace: see scores.py.
 """
 
@@ -16,6 +16,7 @@ from .backward import UNSPECIALIZED
 from .common import (
     Matrix,
     dot,
+    inside_tile,
     load_factor,
     load_grad_loss,
     load_tile,
@@ -66,19 +67,17 @@ def large_g_kernel(
     i_tile = tl.program_id(0) % n_tiles
     side = open_side(tt, tv, vt, vv, spans, stats, i_problem, n_heads, is_text)
     scale, weight, active = side_scale(scaling, side)
-    i_0 = (i_tile // n_tiles_j) * BLOCK_I
-    j_0 = (i_tile % n_tiles_j) * BLOCK_J
-    if (i_0 < side.n_a) & (j_0 < side.n_a):
-        o_i = i_0 + tl.arange(0, BLOCK_I)
-        o_j = j_0 + tl.arange(0, BLOCK_J)
+    i = (i_tile // n_tiles_j) * BLOCK_I
+    j = (i_tile % n_tiles_j) * BLOCK_J
+    if (i < side.n_a) & (j < side.n_a):
         g = load_grad_loss(grad_loss, s_g_b, s_g_h, i_problem, n_heads) * weight * scale
         m_u = open_u(work, side, i_problem)
-        m_x, l_x, m_y, l_y, e_p, e_q = load_rows(side, o_i)
-        b_x = projected_tile(side, m_u, o_i, o_j, KIND, DOT, UNIT, BLOCK_I, BLOCK_J, BLOCK_K) * scale
-        b_y = target_logits(load_tile(side.own, o_i, o_j, UNIT, DOT), KIND)
-        inside = (o_i < side.n_a)[:, None] & (o_j < side.n_a)[None, :]
-        b_dx, b_dy = rows_gradient(b_x, b_y, m_x, l_x, m_y, l_y, e_p, e_q, inside)
-        store_tile(open_g(work, side, i_problem), b_dx * g, o_i, o_j)
+        rows = load_rows(side, i, BLOCK_I)
+        b_x = projected_tile(side, m_u, i, j, KIND, DOT, UNIT, BLOCK_I, BLOCK_J, BLOCK_K) * scale
+        b_y = target_logits(load_tile(side.own, i, j, BLOCK_I, BLOCK_J, UNIT, DOT), KIND)
+        inside = inside_tile(side.own, i, j, BLOCK_I, BLOCK_J)
+        b_dx, b_dy = rows_gradient(b_x, b_y, rows, inside)
+        store_tile(open_g(work, side, i_problem), b_dx * g, i, j, BLOCK_I, BLOCK_J)
 
 
 @triton.jit(
@@ -107,36 +106,31 @@ def large_v_kernel(
     i_problem = tl.program_id(0) // n_tiles
     i_tile = tl.program_id(0) % n_tiles
     side = open_side(tt, tv, vt, vv, spans, stats, i_problem, n_heads, is_text)
-    i_0 = (i_tile // n_tiles_c) * BLOCK_I
-    c_0 = (i_tile % n_tiles_c) * BLOCK_C
-    if (i_0 < side.n_a) & (c_0 < side.n_b):
-        o_i = i_0 + tl.arange(0, BLOCK_I)
-        o_c = c_0 + tl.arange(0, BLOCK_C)
+    i = (i_tile // n_tiles_c) * BLOCK_I
+    c = (i_tile % n_tiles_c) * BLOCK_C
+    if (i < side.n_a) & (c < side.n_b):
         m_g = open_g(work, side, i_problem)
         b_v = tl.zeros([BLOCK_I, BLOCK_C], tl.float32)
         for k in range(0, side.n_a, BLOCK_K):
             # V += G F: [I, C] += [I, K] [K, C]
-            o_k = k + tl.arange(0, BLOCK_K)
-            b_g = load_tile(m_g, o_i, o_k, True, DOT)
-            b_v = dot(b_g, load_factor(side.cross, o_k, o_c, KIND, UNIT, DOT), b_v, DOT)
-        store_tile(open_v(work, side, i_problem), b_v, o_i, o_c)
+            b_g = load_tile(m_g, i, k, BLOCK_I, BLOCK_K, True, DOT)
+            b_v = dot(b_g, load_factor(side.cross, k, c, BLOCK_K, BLOCK_C, KIND, UNIT, DOT), b_v, DOT)
+        store_tile(open_v(work, side, i_problem), b_v, i, c, BLOCK_I, BLOCK_C)
 
 
 @triton.jit
 def cross_tile(
-    side, m_g, m_u, m_v, o_j, o_c, KIND: tl.constexpr, DOT: tl.constexpr, UNIT: tl.constexpr,
+    side, m_g, m_u, m_v, j, c, KIND: tl.constexpr, DOT: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_J: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """dF = G^T U + V S_bb^T: [J, C] = sum of [J, K] [K, C] over n_a, then over n_b."""
     b_df = tl.zeros([BLOCK_J, BLOCK_C], tl.float32)
     for k in range(0, side.n_a, BLOCK_K):
-        o_k = k + tl.arange(0, BLOCK_K)
-        b_g = load_tile(m_g, o_k, o_j, True, DOT)
-        b_df = dot(tl.trans(b_g), load_tile(m_u, o_k, o_c, True, DOT), b_df, DOT)
+        b_g = load_tile(m_g, k, j, BLOCK_K, BLOCK_J, True, DOT)
+        b_df = dot(tl.trans(b_g), load_tile(m_u, k, c, BLOCK_K, BLOCK_C, True, DOT), b_df, DOT)
     for k in range(0, side.n_b, BLOCK_K):
-        o_k = k + tl.arange(0, BLOCK_K)
-        b_s = load_factor(side.other, o_c, o_k, KIND, UNIT, DOT)
-        b_df = dot(load_tile(m_v, o_j, o_k, True, DOT), tl.trans(b_s), b_df, DOT)
+        b_s = load_factor(side.other, c, k, BLOCK_C, BLOCK_K, KIND, UNIT, DOT)
+        b_df = dot(load_tile(m_v, j, k, BLOCK_J, BLOCK_K, True, DOT), tl.trans(b_s), b_df, DOT)
     return b_df
 
 
@@ -166,13 +160,12 @@ def large_cross_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """dS_ab of one side from dF, tiles [J, C]; kind "softmax": P (dF - rowsum(P dF)), all C of a tile J in one program."""
+    """dS_ab of one side from dF, tiles [J, C]. Kind "softmax": P (dF - rowsum(P dF)), all C of a tile J in one program."""
     i_problem = tl.program_id(0) // n_tiles
     i_tile = tl.program_id(0) % n_tiles
     side = open_side(tt, tv, vt, vv, spans, stats, i_problem, n_heads, is_text)
-    j_0 = (i_tile // n_tiles_c) * BLOCK_J
-    if j_0 < side.n_a:
-        o_j = j_0 + tl.arange(0, BLOCK_J)
+    j = (i_tile // n_tiles_c) * BLOCK_J
+    if j < side.n_a:
         m_g = open_g(work, side, i_problem)
         m_u = open_u(work, side, i_problem)
         m_v = open_v(work, side, i_problem)
@@ -181,15 +174,13 @@ def large_cross_kernel(
         if KIND == "softmax":
             b_sum = tl.zeros([BLOCK_J], tl.float32)
             for c in range(0, side.n_b, BLOCK_C):
-                o_c = c + tl.arange(0, BLOCK_C)
-                b_df = cross_tile(side, m_g, m_u, m_v, o_j, o_c, KIND, DOT, UNIT, BLOCK_J, BLOCK_C, BLOCK_K)
-                b_sum += tl.sum(b_df * load_factor(side.cross, o_j, o_c, KIND, UNIT, DOT), 1)
+                b_df = cross_tile(side, m_g, m_u, m_v, j, c, KIND, DOT, UNIT, BLOCK_J, BLOCK_C, BLOCK_K)
+                b_sum += tl.sum(b_df * load_factor(side.cross, j, c, BLOCK_J, BLOCK_C, KIND, UNIT, DOT), 1)
             for c in range(0, side.n_b, BLOCK_C):
-                o_c = c + tl.arange(0, BLOCK_C)
-                b_df = cross_tile(side, m_g, m_u, m_v, o_j, o_c, KIND, DOT, UNIT, BLOCK_J, BLOCK_C, BLOCK_K)
-                b_f = load_factor(side.cross, o_j, o_c, KIND, UNIT, DOT)
-                store_tile(m_d, b_f * (b_df - b_sum[:, None]), o_j, o_c)
+                b_df = cross_tile(side, m_g, m_u, m_v, j, c, KIND, DOT, UNIT, BLOCK_J, BLOCK_C, BLOCK_K)
+                b_f = load_factor(side.cross, j, c, BLOCK_J, BLOCK_C, KIND, UNIT, DOT)
+                store_tile(m_d, b_f * (b_df - b_sum[:, None]), j, c, BLOCK_J, BLOCK_C)
         else:
-            o_c = (i_tile % n_tiles_c) * BLOCK_C + tl.arange(0, BLOCK_C)
-            b_df = cross_tile(side, m_g, m_u, m_v, o_j, o_c, KIND, DOT, UNIT, BLOCK_J, BLOCK_C, BLOCK_K)
-            store_tile(m_d, b_df, o_j, o_c)
+            c = (i_tile % n_tiles_c) * BLOCK_C
+            b_df = cross_tile(side, m_g, m_u, m_v, j, c, KIND, DOT, UNIT, BLOCK_J, BLOCK_C, BLOCK_K)
+            store_tile(m_d, b_df, j, c, BLOCK_J, BLOCK_C)

@@ -194,40 +194,67 @@ def load_grad_loss(grad_loss, s_b, s_h, i_problem, n_heads):
 
 
 @triton.jit
-def load_tile(m, o_r, o_c, UNIT: tl.constexpr, DOT: tl.constexpr):
-    """Tile [o_r, o_c] of a Matrix, 0 outside. UNIT: its columns are contiguous.
+def inside_tile(m, r_0, c_0, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Mask [BLOCK_R, BLOCK_C] of the elements of a tile that belong to the Matrix."""
+    return (tl.arange(0, BLOCK_R) < m.n_r - r_0)[:, None] & (tl.arange(0, BLOCK_C) < m.n_c - c_0)[None, :]
+
+
+@triton.jit
+def tile_offsets(m, r_0, c_0, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, UNIT: tl.constexpr):
+    """(pointers, mask) of the tile [BLOCK_R, BLOCK_C] of a Matrix that begins at [r_0, c_0]. UNIT: contiguous columns.
+
+    The origin is a scalar in int64; offsets inside a tile fit in int32 (see host.Problem), which halves the registers
+    that they take.
+    """
+    o_r = tl.arange(0, BLOCK_R)
+    o_c = tl.arange(0, BLOCK_C)
+    p = m.p + tl.cast(r_0, tl.int64) * m.s_r
+    if UNIT:
+        p += c_0
+        o = o_r[:, None] * m.s_r.to(tl.int32) + o_c[None, :]
+    else:
+        p += tl.cast(c_0, tl.int64) * m.s_c
+        o = o_r[:, None] * m.s_r.to(tl.int32) + o_c[None, :] * m.s_c.to(tl.int32)
+    return p + o, inside_tile(m, r_0, c_0, BLOCK_R, BLOCK_C)
+
+
+@triton.jit
+def load_tile(
+    m, r_0, c_0, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, UNIT: tl.constexpr, DOT: tl.constexpr
+):  # fmt: skip
+    """Tile [BLOCK_R, BLOCK_C] of a Matrix from [r_0, c_0], 0 outside.
 
     The values keep their dtype only where the dots take it ("split"): elsewhere they are widened at once, since the
     interpreter's arithmetic on bfloat16 is wrong.
     """
-    o = o_r.to(tl.int64)[:, None] * m.s_r
-    if UNIT:
-        o += o_c[None, :]
-    else:
-        o += o_c.to(tl.int64)[None, :] * m.s_c
-    b = tl.load(m.p + o, mask=(o_r < m.n_r)[:, None] & (o_c < m.n_c)[None, :], other=0.0)
+    p, mask = tile_offsets(m, r_0, c_0, BLOCK_R, BLOCK_C, UNIT)
+    b = tl.load(p, mask=mask, other=0.0)
     if DOT != "split":
         b = b.to(tl.float32)
     return b
 
 
 @triton.jit
-def load_factor(m, o_r, o_c, KIND: tl.constexpr, UNIT: tl.constexpr, DOT: tl.constexpr):
+def load_factor(
+    m, r_0, c_0, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    KIND: tl.constexpr, UNIT: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
     """Tile of a block inside the product: S, or for kind "softmax" exp(S - max) / sum with its rows' numbers."""
-    b = load_tile(m, o_r, o_c, UNIT, DOT)
+    b = load_tile(m, r_0, c_0, BLOCK_R, BLOCK_C, UNIT, DOT)
     if KIND == "softmax":
+        o_r = r_0 + tl.arange(0, BLOCK_R)
         b_m = tl.load(m.p_n + o_r, mask=o_r < m.n_r, other=0.0)
         b_l = tl.load(m.p_n + m.s_n + o_r, mask=o_r < m.n_r, other=1.0)
         b = tl.exp(b.to(tl.float32) - b_m[:, None]) / b_l[:, None]
-        b = tl.where((o_r < m.n_r)[:, None] & (o_c < m.n_c)[None, :], b, 0.0)
+        b = tl.where(inside_tile(m, r_0, c_0, BLOCK_R, BLOCK_C), b, 0.0)
     return b
 
 
 @triton.jit
-def store_tile(m, b, o_r, o_c):
-    """Write tile b [o_r, o_c] of a Matrix with contiguous columns, rounding it to the matrix's dtype."""
-    o = o_r.to(tl.int64)[:, None] * m.s_r + o_c[None, :]
-    tl.store(m.p + o, b.to(m.p.dtype.element_ty), mask=(o_r < m.n_r)[:, None] & (o_c < m.n_c)[None, :])
+def store_tile(m, b, r_0, c_0, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Write tile b [BLOCK_R, BLOCK_C] to a Matrix with contiguous columns, rounding it to the matrix's dtype."""
+    p, mask = tile_offsets(m, r_0, c_0, BLOCK_R, BLOCK_C, True)
+    tl.store(p, b.to(m.p.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -59,17 +59,17 @@ def forward_kernel(
         is_text = i_tile < n_text_tiles
         side = open_side(tt, tv, vt, vv, spans, stats, i_problem, n_heads, is_text)
         scale, weight, active = side_scale(scaling, side)
-        i_0 = tl.where(is_text, i_tile, i_tile - n_text_tiles) * BLOCK_I
-        o_i = i_0 + tl.arange(0, BLOCK_I)
+        i = tl.where(is_text, i_tile, i_tile - n_text_tiles) * BLOCK_I
+        o_i = i + tl.arange(0, BLOCK_I)
         m_x, l_x, s_x, r_x, m_y, l_y, s_y, r_y = rows_start(BLOCK_I)
-        if (i_0 < side.n_a) & active:
+        if (i < side.n_a) & active:
             m_u = open_u(work, side, i_problem)
             if FUSED:
-                project_rows(side, m_u, o_i, KIND, DOT, UNIT, BLOCK_I, BLOCK_C, BLOCK_K)
+                project_rows(side, m_u, i, KIND, DOT, UNIT, BLOCK_I, BLOCK_C, BLOCK_K)
             for j in range(0, side.n_a, BLOCK_J):
                 o_j = j + tl.arange(0, BLOCK_J)
-                b_x = projected_tile(side, m_u, o_i, o_j, KIND, DOT, UNIT, BLOCK_I, BLOCK_J, BLOCK_K) * scale
-                b_y = target_logits(load_tile(side.own, o_i, o_j, UNIT, DOT), KIND)
+                b_x = projected_tile(side, m_u, i, j, KIND, DOT, UNIT, BLOCK_I, BLOCK_J, BLOCK_K) * scale
+                b_y = target_logits(load_tile(side.own, i, j, BLOCK_I, BLOCK_J, UNIT, DOT), KIND)
                 m_x, l_x, s_x, r_x, m_y, l_y, s_y, r_y = rows_update(
                     m_x, l_x, s_x, r_x, m_y, l_y, s_y, r_y, b_x, b_y, (o_j < side.n_a)[None, :], j == 0
                 )

@@ -31,12 +31,18 @@ def tiles(n: int, block: int) -> int:
     return -(-n // block)
 
 
+def addressable(x: Tensor) -> bool:
+    """Whether offsets inside one tile of x (at most 128 by 128) fit in int32, as common.tile_offsets assumes."""
+    return 128 * (x.stride(-2) + x.stride(-1)) < 2**31
+
+
 class Problem:
     """The arguments every kernel takes, and the size of the problems: B * H of them, at most T by R."""
 
     def __init__(self, inputs: list[Tensor], spans: Spans, options: Options) -> None:
         first = inputs[0]
-        self.blocks = [Block(x, *x.stride()) for x in (inputs * 4 if len(inputs) == 1 else inputs)]
+        near = [x if addressable(x) else x.contiguous() for x in inputs]
+        self.blocks = [Block(x, *x.stride()) for x in (near * 4 if len(near) == 1 else near)]
         self.n_text, self.n_vision = spans.n_text, spans.n_vision
         limit_text, limit_vision, disjoint = block_limits(inputs)
         starts = (spans.text_start, spans.n_text, spans.vision_start, spans.n_vision)

@@ -15,57 +15,55 @@ from .common import dot, load_factor, load_tile, open_side, open_u, store_tile
 
 @triton.jit
 def project_tile(
-    side, o_i, o_c, KIND: tl.constexpr, DOT: tl.constexpr, UNIT: tl.constexpr,
+    side, i, c, KIND: tl.constexpr, DOT: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """U = F S_bb: [I, C] = sum of [I, K] [K, C] over n_b."""
     b_u = tl.zeros([BLOCK_I, BLOCK_C], tl.float32)
     for k in range(0, side.n_b, BLOCK_K):
-        o_k = k + tl.arange(0, BLOCK_K)
-        b_f = load_factor(side.cross, o_i, o_k, KIND, UNIT, DOT)
-        b_s = load_factor(side.other, o_k, o_c, KIND, UNIT, DOT)
+        b_f = load_factor(side.cross, i, k, BLOCK_I, BLOCK_K, KIND, UNIT, DOT)
+        b_s = load_factor(side.other, k, c, BLOCK_K, BLOCK_C, KIND, UNIT, DOT)
         b_u = dot(b_f, b_s, b_u, DOT)
     return b_u
 
 
 @triton.jit
 def project_rows(
-    side, m_u, o_i, KIND: tl.constexpr, DOT: tl.constexpr, UNIT: tl.constexpr,
+    side, m_u, i, KIND: tl.constexpr, DOT: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Write whole rows o_i of U to the workspace; every thread of the program sees them afterwards."""
+    """Write BLOCK_I whole rows of U from row i to the workspace; every thread of the program sees them afterwards."""
     for c in range(0, side.n_b, BLOCK_C):
-        o_c = c + tl.arange(0, BLOCK_C)
-        store_tile(m_u, project_tile(side, o_i, o_c, KIND, DOT, UNIT, BLOCK_I, BLOCK_C, BLOCK_K), o_i, o_c)
+        b_u = project_tile(side, i, c, KIND, DOT, UNIT, BLOCK_I, BLOCK_C, BLOCK_K)
+        store_tile(m_u, b_u, i, c, BLOCK_I, BLOCK_C)
     tl.debug_barrier()
 
 
 @triton.jit
 def projected_tile(
-    side, m_u, o_i, o_j, KIND: tl.constexpr, DOT: tl.constexpr, UNIT: tl.constexpr,
+    side, m_u, i, j, KIND: tl.constexpr, DOT: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """U F^T, that is X before its scale: [I, J] = sum of [I, K] [K, J] over n_b."""
     b_x = tl.zeros([BLOCK_I, BLOCK_J], tl.float32)
     for k in range(0, side.n_b, BLOCK_K):
-        o_k = k + tl.arange(0, BLOCK_K)
-        b_u = load_tile(m_u, o_i, o_k, True, DOT)
-        b_f = load_factor(side.cross, o_j, o_k, KIND, UNIT, DOT)
+        b_u = load_tile(m_u, i, k, BLOCK_I, BLOCK_K, True, DOT)
+        b_f = load_factor(side.cross, j, k, BLOCK_J, BLOCK_K, KIND, UNIT, DOT)
         b_x = dot(b_u, tl.trans(b_f), b_x, DOT)
     return b_x
 
 
 @triton.jit
 def row_softmax_numbers(
-    m, o_i, n_bound, UNIT: tl.constexpr, DOT: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr
+    m, i, n_bound, UNIT: tl.constexpr, DOT: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr
 ):
-    """Write the maximum and the sum of exp of rows o_i of a Matrix to its place for them, 0 from n_r to n_bound."""
+    """Write the maximum and the sum of exp of BLOCK_I rows of a Matrix to their place there, 0 from n_r to n_bound."""
     b_m = tl.full([BLOCK_I], float("-inf"), tl.float32)
     b_l = tl.zeros([BLOCK_I], tl.float32)
+    o_i = i + tl.arange(0, BLOCK_I)
     for j in range(0, m.n_c, BLOCK_J):
-        o_j = j + tl.arange(0, BLOCK_J)
-        b_s = load_tile(m, o_i, o_j, UNIT, DOT).to(tl.float32)
-        b_s = tl.where((o_j < m.n_c)[None, :], b_s, float("-inf"))
+        b_s = load_tile(m, i, j, BLOCK_I, BLOCK_J, UNIT, DOT).to(tl.float32)
+        b_s = tl.where((j + tl.arange(0, BLOCK_J) < m.n_c)[None, :], b_s, float("-inf"))
         b_n = tl.maximum(b_m, tl.max(b_s, 1))
         b_l = b_l * tl.exp(b_m - b_n) + tl.sum(tl.exp(b_s - b_n[:, None]), 1)
         b_m = b_n
@@ -82,9 +80,9 @@ def tile_softmax_numbers(
     is_text = i_tile < n_text_tiles
     side = open_side(tt, tv, vt, vv, spans, stats, i_problem, n_heads, is_text)
     n_bound = tl.where(is_text, spans.n_text, spans.n_vision)
-    o_i = tl.where(is_text, i_tile, i_tile - n_text_tiles) * BLOCK_I + tl.arange(0, BLOCK_I)
-    row_softmax_numbers(side.own, o_i, n_bound, UNIT, DOT, BLOCK_I, BLOCK_J)
-    row_softmax_numbers(side.cross, o_i, n_bound, UNIT, DOT, BLOCK_I, BLOCK_J)
+    i = tl.where(is_text, i_tile, i_tile - n_text_tiles) * BLOCK_I
+    row_softmax_numbers(side.own, i, n_bound, UNIT, DOT, BLOCK_I, BLOCK_J)
+    row_softmax_numbers(side.cross, i, n_bound, UNIT, DOT, BLOCK_I, BLOCK_J)
 
 
 @triton.jit(do_not_specialize=["tt", "tv", "vt", "vv", "spans", "stats", "n_heads"])
@@ -137,10 +135,8 @@ def project_kernel(
     i_problem = tl.program_id(0) // n_tiles
     i_tile = tl.program_id(0) % n_tiles
     side = open_side(tt, tv, vt, vv, spans, stats, i_problem, n_heads, is_text)
-    i_0 = (i_tile // n_tiles_c) * BLOCK_I
-    c_0 = (i_tile % n_tiles_c) * BLOCK_C
-    if (i_0 < side.n_a) & (c_0 < side.n_b):
-        o_i = i_0 + tl.arange(0, BLOCK_I)
-        o_c = c_0 + tl.arange(0, BLOCK_C)
-        b_u = project_tile(side, o_i, o_c, KIND, DOT, UNIT, BLOCK_I, BLOCK_C, BLOCK_K)
-        store_tile(open_u(work, side, i_problem), b_u, o_i, o_c)
+    i = (i_tile // n_tiles_c) * BLOCK_I
+    c = (i_tile % n_tiles_c) * BLOCK_C
+    if (i < side.n_a) & (c < side.n_b):
+        b_u = project_tile(side, i, c, KIND, DOT, UNIT, BLOCK_I, BLOCK_C, BLOCK_K)
+        store_tile(open_u(work, side, i_problem), b_u, i, c, BLOCK_I, BLOCK_C)

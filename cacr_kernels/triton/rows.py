@@ -65,9 +65,10 @@ def store_rows(side, spans, o_i, active, m_x, l_x, m_y, l_y, e_p, e_q, KIND: tl.
 
 
 @triton.jit
-def load_rows(side, o_i):
-    """(m_x, l_x, m_y, l_y, E_p[d], E_q[d]) of rows o_i; beyond the span l = 1 and the rest 0."""
+def load_rows(side, i, BLOCK_I: tl.constexpr):
+    """(m_x, l_x, m_y, l_y, E_p[d], E_q[d]) of BLOCK_I rows from i; beyond the span l = 1 and the rest 0."""
     p, s_n = side.p_n, side.s_n
+    o_i = i + tl.arange(0, BLOCK_I)
     mask = o_i < side.n_a
     return (
         tl.load(p + o_i, mask=mask, other=0.0),
@@ -126,11 +127,12 @@ def rows_finish(m_x, l_x, s_x, r_x, m_y, l_y, s_y, r_y):
 
 
 @triton.jit
-def rows_gradient(b_x, b_y, m_x, l_x, m_y, l_y, e_p, e_q, inside):
-    """(dL/dX, dL/dY) of a tile [I, J], 0 where not ``inside``.
+def rows_gradient(b_x, b_y, rows, inside):
+    """(dL/dX, dL/dY) of a tile [I, J] whose rows' numbers are ``rows`` (load_rows), 0 where not ``inside``.
 
     dX = p (d - E_p[d]) + (p - q), dY = -q (d - E_q[d]) - (p - q), d = (x - m_x) - (y - m_y).
     """
+    m_x, l_x, m_y, l_y, e_p, e_q = rows
     b_x = b_x - m_x[:, None]
     b_y = b_y - m_y[:, None]
     b_p = tl.exp(b_x) / l_x[:, None]
