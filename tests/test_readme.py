@@ -21,7 +21,7 @@ def test_example_runs_and_both_forms_agree():
 
 
 def test_named_make_goals_exist():
-    goals = set(re.findall(r"`?make ([a-z-]+)", README))
+    goals = set(re.findall(r"(?:`|^    )make ([a-z-]+)", README, flags=re.M))
     makefile = (ROOT / "Makefile").read_text()
     assert {"demo", "test", "study"} <= goals
     for goal in goals:
