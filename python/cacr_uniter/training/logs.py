@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -74,9 +75,10 @@ class RunLog:
                     self._events.add_scalar(f"{record['event']}/{name}", value, record["step"])
 
     def close(self) -> None:
-        """Flushes and closes both."""
+        """Closes both. Records are flushed one by one, so a file that refuses to close loses nothing more."""
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):
+                self._file.close()
         if self._events is not None:
             self._events.close()
 

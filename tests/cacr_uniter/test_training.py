@@ -1,0 +1,318 @@
+"""The training loop: it learns, mines what it says, trains what it says, and says what went wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cacr_uniter.errors import UserError
+from cacr_uniter.training import checkpoint as checkpoints
+from cacr_uniter.training.build import build_accelerator, build_model, model_config
+from cacr_uniter.training.optim import FlatGradients, build_optimizer, decayed, trained_parameters
+from cacr_uniter.training.source import MemorySource, ahead
+from cacr_uniter.training.step import Stepper
+from cacr_uniter.training.testing import VOCABULARY, numbers, small_config, small_run, synthetic_source
+from safetensors.torch import load_file
+
+
+def make_stepper(out: Path, **fields: Any) -> Stepper:
+    config = small_config(out, **fields)
+    source = synthetic_source()
+    model, _ = build_model(config.model, model_config(config.model, VOCABULARY, source.img_dim), config.run.seed)
+    accelerator = build_accelerator(config.run)
+    model.to(accelerator.device)
+    parameters = trained_parameters(model)
+    optimizer = accelerator.prepare_optimizer(build_optimizer(parameters, config.optim), device_placement=False)
+    return Stepper(model, list(parameters.values()), optimizer, config, source, accelerator)
+
+
+def gradient(stepper: Stepper, step: int = 0) -> torch.Tensor:
+    """The whole gradient of one step, before clipping."""
+    stepper.begin(step)
+    for portion in stepper.portions(step):
+        stepper.backward(portion)
+        if portion.last:
+            break
+    return stepper.gradients.buffer.clone()
+
+
+@pytest.mark.parametrize("loss", ["margin", "softmax"])
+def test_it_learns_to_match(tmp_path: Path, loss: str) -> None:
+    result = small_run(
+        small_config(
+            tmp_path,
+            loss__kind=loss,
+            aux__normalise="accum",
+            model__dropout=0.0,
+            model__hidden_size=32,
+            batch__mining="random",
+            batch__anchors=8,
+            batch__pairs_per_forward=64,
+            optim__lr=3e-3,
+            optim__steps=150,
+            optim__warmup=20,
+            run__log_every=25,
+            run__checkpoint_every=150,
+        )
+    )
+    first = [record["first"] for record in result.history]
+    assert first[0] < 0.32, "chance is 0.25"
+    assert first[-1] > 0.35
+
+
+def test_hard_negatives_are_the_highest_scored_of_the_pool(tmp_path: Path) -> None:
+    stepper = make_stepper(tmp_path, batch__score_chunk=5)
+    stepper.begin(0)
+    portion = next(stepper.portions(0))
+    mined = stepper._mine(portion.batch, len(portion.groups))
+    assert stepper.model.training
+    stepper.model.eval()
+    with torch.no_grad():
+        scores = stepper.model(portion.batch).rank_scores.view(len(portion.groups), -1)
+        chosen = stepper.model(mined).rank_scores.view(len(portion.groups), -1)
+    torch.testing.assert_close(chosen[:, 0], scores[:, 0])
+    hardest = scores[:, 1:].sort(dim=1, descending=True).values[:, :3]
+    torch.testing.assert_close(chosen[:, 1:].sort(dim=1, descending=True).values, hardest)
+
+
+@pytest.mark.parametrize(
+    ("fields", "portions"),
+    [
+        ({"batch__pairs_per_forward": 4}, 8),
+        ({"batch__pairs_per_forward": 12}, 3),
+        ({"batch__pairs_per_forward": 64}, 1),
+    ],
+)
+@pytest.mark.parametrize("loss", ["none", "cacr"])
+def test_portions_only_cut_the_work(tmp_path: Path, fields: dict[str, Any], portions: int, loss: str) -> None:
+    common = {"model__dropout": 0.0, "batch__anchors": 4, "aux__loss": loss, "aux__sides": "alternate"}
+    whole = make_stepper(tmp_path, batch__pairs_per_forward=32, **common)
+    cut = make_stepper(tmp_path, **common | fields)
+    assert sum(portion.step == 0 for portion in cut.portions(7)) == 0
+    assert sum(portion.step == 7 for portion in cut.portions(7)) == portions
+    torch.testing.assert_close(gradient(cut), gradient(whole), rtol=1e-4, atol=1e-7)
+
+
+def test_activation_checkpointing_changes_no_gradient(tmp_path: Path) -> None:
+    plain = make_stepper(tmp_path, aux__layers="[-1,0]")
+    checkpointed = make_stepper(tmp_path, aux__layers="[-1,0]", model__activation_checkpointing=True)
+    torch.testing.assert_close(gradient(checkpointed), gradient(plain), rtol=1e-5, atol=1e-8)
+
+
+def test_the_auxiliary_loss_has_the_weight_it_says(tmp_path: Path) -> None:
+    common = {"model__dropout": 0.0, "batch__mining": "random"}
+    without = gradient(make_stepper(tmp_path, aux__loss="none", **common), 3)
+    accum = gradient(make_stepper(tmp_path, aux__normalise="accum", **common), 3) - without
+    doubled = gradient(make_stepper(tmp_path, aux__normalise="accum", aux__weight=2.0, **common), 3) - without
+    reference = gradient(make_stepper(tmp_path, aux__reference_batch=4, **common), 3) - without
+    assert accum.norm() > 1e-6
+    torch.testing.assert_close(doubled, 2 * accum, rtol=1e-3, atol=1e-7)
+    torch.testing.assert_close(reference, 4 * accum, rtol=1e-3, atol=1e-7)
+
+
+def test_losses_of_several_layers_are_averaged(tmp_path: Path) -> None:
+    common = {"model__dropout": 0.0, "batch__mining": "random", "aux__normalise": "accum"}
+    without = gradient(make_stepper(tmp_path, aux__loss="none", **common))
+    parts = [gradient(make_stepper(tmp_path, aux__layers=f"[{i}]", **common)) - without for i in (0, 1)]
+    both = gradient(make_stepper(tmp_path, aux__layers="[0,-1]", **common)) - without
+    torch.testing.assert_close(both, (parts[0] + parts[1]) / 2, rtol=1e-3, atol=1e-7)
+    with pytest.raises(UserError, match=r"aux\.layers is \[2\]"):
+        make_stepper(tmp_path, aux__layers="[2]")
+    with pytest.raises(UserError, match=r"aux\.layers is \[-1, 1\]"):
+        make_stepper(tmp_path, aux__layers="[-1,1]")
+
+
+def test_frozen_layers_do_not_move(tmp_path: Path) -> None:
+    result = small_run(small_config(tmp_path / "run", model__freeze_layers=1, optim__steps=2))
+    config = small_config(tmp_path)
+    start, _ = build_model(config.model, model_config(config.model, VOCABULARY, 12), config.run.seed)
+    trained = load_file(result.checkpoint_path / checkpoints.MODEL)
+    moved = {name for name, value in start.state_dict().items() if not torch.equal(value, trained[name])}
+    assert not [name for name in moved if "embeddings" in name or ".layer.0." in name or name.startswith("itm_")]
+    assert "uniter.encoder.layer.1.attention.self.query.weight" in moved
+    assert "rank_output.weight" in moved
+
+
+def test_decay_rules() -> None:
+    config = small_config("unused")
+    model, _ = build_model(config.model, model_config(config.model, VOCABULARY, 12), 0)
+    parameters = trained_parameters(model)
+    rules = {rule: {n for n, p in parameters.items() if decayed(n, p, rule)} for rule in ("reference", "norms-exempt")}
+    norms = {f"uniter.img_embeddings.{name}_layer_norm.weight" for name in ("img", "pos")}
+    assert rules["reference"] - rules["norms-exempt"] == norms
+    assert rules["norms-exempt"] == {name for name, value in parameters.items() if value.dim() == 2}
+    groups = build_optimizer(parameters, config.optim).param_groups
+    assert [group["weight_decay"] for group in groups] == [0.01, 0.0]
+    assert sum(len(group["params"]) for group in groups) == len(parameters)
+
+
+def test_one_update_is_adam_on_the_clipped_gradient(tmp_path: Path) -> None:
+    stepper = make_stepper(tmp_path, optim__clip=1e-3, optim__weight_decay=0.0, optim__warmup=0)
+    before = torch.cat([p.detach().flatten() for p in trained_parameters(stepper.model).values()])
+    full = gradient(stepper)
+    norm = stepper.gather()
+    assert norm == pytest.approx(full.norm().item(), rel=1e-5)
+    assert stepper.gradients.buffer.norm().item() == pytest.approx(1e-3, rel=1e-4)
+    stepper.update()
+    after = torch.cat([p.detach().flatten() for p in trained_parameters(stepper.model).values()])
+    clipped = full * (1e-3 / norm)
+    lr = 1e-3 * 7 / 8
+    torch.testing.assert_close(after - before, -lr * clipped / (clipped.abs() + 1e-6), rtol=1e-2, atol=2e-7)
+
+
+def test_no_clipping_below_the_limit() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    gradients = FlatGradients([parameter])
+    (parameter * torch.tensor([3.0, 0.0, 4.0])).sum().backward()
+    assert gradients.clip(5.0) == 5.0
+    assert parameter.grad is not None
+    assert parameter.grad.tolist() == [3.0, 0.0, 4.0]
+    assert gradients.clip(0.0) == 5.0
+    assert gradients.clip(2.5) == 5.0
+    assert parameter.grad.tolist() == [1.5, 0.0, 2.0]
+    gradients.clear()
+    assert parameter.grad.tolist() == [0.0, 0.0, 0.0]
+
+
+def test_memory_source_gives_what_it_was_loaded_from() -> None:
+    source = synthetic_source()
+    copy = MemorySource.load(source, chunk=7)
+    captions, images = np.array([3, 0, 39, 3]), np.array([1, 19, 0, 4])
+    for name, value in vars(source.batch(captions, images)).items():
+        assert torch.equal(value, getattr(copy.batch(captions, images), name)), name
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_reading_ahead_keeps_order_and_errors(workers: int) -> None:
+    assert list(ahead(lambda x: x * x, range(50), workers)) == [x * x for x in range(50)]
+
+    def fails(x: int) -> int:
+        if x == 5:
+            raise UserError("record 5 is damaged")
+        return x
+
+    seen: list[int] = []
+    with pytest.raises(UserError, match="record 5"):
+        seen.extend(ahead(fails, range(50), workers))
+    assert seen == list(range(5))
+
+
+def test_validation_ranks_the_match_and_repeats_itself(tmp_path: Path) -> None:
+    config = small_config(tmp_path, run__validate_every=4, run__validation_candidates=6, run__validation_anchors=9)
+    records = []
+    for out in ("a", "b"):
+        changed = small_config(
+            tmp_path / out, run__validate_every=4, run__validation_candidates=6, run__validation_anchors=9
+        )
+        result = small_run(changed, validation=synthetic_source(seed=1))
+        records.append([r for r in numbers(result.history) if r["event"] == "validation"])
+    assert records[0] == records[1]
+    assert [record["step"] for record in records[0]] == [4, 8]
+    assert config.run.validation_candidates == records[0][0]["candidates"]
+    assert all(1 <= record[name] <= 6 for record in records[0] for name in ("ir_rank", "tr_rank"))
+
+
+def test_a_tie_is_no_hit(tmp_path: Path) -> None:
+    from cacr_uniter.training.validation import validate
+
+    stepper = make_stepper(tmp_path)
+    torch.nn.init.zeros_(stepper.model.rank_output.weight)
+    found = validate(stepper, synthetic_source(), small_config(tmp_path, run__validation_candidates=5))
+    assert found["ir_r1"] == found["tr_r1"] == 0
+    assert found["ir_rank"] == found["tr_rank"] == 5
+
+
+def test_an_evaluation_of_the_caller_enters_the_log(tmp_path: Path) -> None:
+    def evaluate(model: torch.nn.Module, step: int) -> dict[str, float]:
+        assert not model.training
+        return {"group": float(step)}
+
+    result = small_run(small_config(tmp_path, run__validate_every=5), evaluate=evaluate)
+    found = [record for record in result.history if record["event"] == "evaluation"]
+    assert found == [{"event": "evaluation", "step": s, "group": float(s)} for s in (5, 8)]
+
+
+def test_tensorboard_and_report(tmp_path: Path) -> None:
+    result = small_run(
+        small_config(tmp_path, run__tensorboard=True, run__report=True, run__validate_every=4),
+        validation=synthetic_source(seed=1),
+    )
+    assert list((tmp_path / "tensorboard").glob("events.*"))
+    assert result.report_path == tmp_path / "report.md"
+    text = result.report_path.read_text()
+    assert "## Validation" in text
+    assert "lr: 0.001" in text
+    assert (tmp_path / "report.png").read_bytes()[:4] == b"\x89PNG"
+    assert len([json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]) == 10
+
+
+def test_nan_stops_the_run_and_keeps_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin = Stepper.begin
+
+    def poison(self: Stepper, step: int) -> None:
+        begin(self, step)
+        if step == 5:
+            with torch.no_grad():
+                self.model.rank_output.weight.fill_(torch.nan)
+
+    monkeypatch.setattr(Stepper, "begin", poison)
+    with pytest.raises(UserError, match=r"diverged at step 6 .*last good checkpoint is .*step-00000004"):
+        small_run(small_config(tmp_path))
+    kept = checkpoints.load(tmp_path / "checkpoints" / "step-00000004")
+    assert all(torch.isfinite(value).all() for value in kept.model.values())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(),
+    ],
+)
+def test_out_of_memory_says_what_to_lower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    backward = Stepper.backward
+
+    def fail(self: Stepper, portion: Any) -> torch.Tensor:
+        if portion.step == 3:
+            raise error
+        return backward(self, portion)
+
+    monkeypatch.setattr(Stepper, "backward", fail)
+    with pytest.raises(UserError, match=r"out of memory on cpu: .*step-00000002; lower batch\.pairs_per_forward"):
+        small_run(small_config(tmp_path))
+    assert (tmp_path / "checkpoints" / "step-00000002").is_dir()
+
+
+def test_other_errors_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Stepper, portion: Any) -> torch.Tensor:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(Stepper, "backward", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        small_run(small_config(tmp_path))
+
+
+def test_a_full_disk_under_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "log.part").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"log .* could not be written \(no space left on the device\)"):
+        small_run(small_config(tmp_path / "run"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_the_memory_limit_caps_the_allocator(tmp_path: Path) -> None:
+    build_accelerator(small_config(tmp_path, run__device="cuda", run__memory_limit="1GB").run)
+    with pytest.raises(torch.OutOfMemoryError):
+        torch.empty(1_100_000_000, dtype=torch.uint8, device="cuda")
+    torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def test_a_memory_limit_needs_a_gpu(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"run\.memory_limit caps a GPU"):
+        build_accelerator(small_config(tmp_path, run__memory_limit="11GB").run)
