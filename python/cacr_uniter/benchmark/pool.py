@@ -26,6 +26,7 @@ def run_tasks(
     timeout: float = 120.0,
     environment: Mapping[str, str] | None = None,
     memory_limit: int | None = None,
+    threads: int | None = None,
 ) -> Iterator[tuple[int, list[Row]]]:
     """Runs tasks in order in one process, in a new one after a job that ended it. Yields (index, rows).
 
@@ -37,27 +38,24 @@ def run_tasks(
         device: ``cpu`` limits the memory of the process.
         environment: added to that of the process.
         memory_limit: bytes of that limit; default nine tenths of what is free.
+        threads: of torch and of the CPU kernels; default torch's own choice.
     """
+    request = {"device": device, "memory_limit": memory_limit, "threads": threads}
     first = 0
     while first < len(tasks):
-        done = yield from _one_process(tasks, first, device, timeout, environment or {}, memory_limit)
+        done = yield from _one_process(tasks, first, request, timeout, environment or {})
         first += done
 
 
 def _one_process(
     tasks: Sequence[Task],
     first: int,
-    device: str,
+    request: Mapping[str, Any],
     timeout: float,
     environment: Mapping[str, str],
-    memory_limit: int | None,
 ) -> Any:
     """Runs tasks[first:] until the end or the process's; returns how many got their result."""
-    request = {
-        "device": device,
-        "memory_limit": memory_limit,
-        "jobs": [(number, *task) for number, task in enumerate(tasks[first:])],
-    }
+    request = {**request, "jobs": [(number, *task) for number, task in enumerate(tasks[first:])]}
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
             [sys.executable, "-m", "cacr_uniter.benchmark.worker"],
@@ -70,7 +68,7 @@ def _one_process(
         assert process.stdin is not None
         assert process.stdout is not None
         late = threading.Event()
-        done, rows = 0, []
+        done, rows, stopped = 0, [], False
         try:
             process.stdin.write(json.dumps(request))
             process.stdin.close()
@@ -86,13 +84,13 @@ def _one_process(
                     rows.append(answer["row"])
                 elif "end" in answer:
                     yield first + done, rows
-                    done, rows = done + 1, []
+                    done, rows, stopped = done + 1, [], answer["last"]
             process.wait()
         finally:
             if process.poll() is None:
                 process.kill()
                 process.wait()
-        if done < len(tasks) - first:
+        if done < len(tasks) - first and not stopped:
             yield first + done, [*rows, _failure(process.returncode, late.is_set(), timeout, errors)]
             done += 1
     return done

@@ -37,6 +37,8 @@ class Plan:
         longest: a contender whose least work takes longer than so many seconds is skipped.
         budget: seconds after which nothing new is started.
         compiled: whether torch.compile takes part (compiling costs more than measuring).
+        contenders: only these; none means all.
+        threads: of a CPU; default torch's own choice.
     """
 
     shapes: tuple[Shape, ...]
@@ -49,6 +51,7 @@ class Plan:
     budget: float = float("inf")
     compiled: bool = True
     contenders: tuple[str, ...] = ()
+    threads: int | None = None
 
     def jobs(self, shape: Shape, dtype: str) -> list[Job]:
         """All contenders of one shape and dtype, in the order in which they run."""
@@ -78,30 +81,28 @@ def run_benchmark(plan: Plan, out: Path, progress: Progress) -> list[Row]:
     Returns:
         The rows of ``kernels.csv`` that were written.
     """
-    start = time.monotonic()
-    ceilings = measured_ceilings(plan.device, out, 0.3 if plan.seconds < 0.5 else 1.0)
-    pairs = [(shape, dtype) for shape in plan.shapes for dtype in plan.dtypes]
-    total = sum(len(plan.jobs(*pair)) for pair in pairs)
+    deadline = time.monotonic() + plan.budget
+    ceilings = measured_ceilings(plan.device, out, 0.3 if plan.seconds < 0.5 else 1.0, plan.threads)
+    pairs = [[(shape, job) for job in plan.jobs(shape, dtype)] for shape in plan.shapes for dtype in plan.dtypes]
+    total = sum(len(pair) for pair in pairs)
+    # a GPU process serves every pair: its start and its compiled kernels are paid once
+    batches = [[item for pair in pairs for item in pair]] if plan.device == "cuda" else pairs
     written: list[Row] = []
     done = 0
-    for shape, dtype in pairs:
-        jobs = plan.jobs(shape, dtype)
-        if time.monotonic() - start > plan.budget:
-            rows = [_skipped(job, "the time of this run was over") for job in jobs]
-            written += _write(out, shape, plan, ceilings, rows)
-            done += len(jobs)
-            progress("measurements", done, total)
-            continue
-        for rows in _measure_pair(plan, shape, jobs, ceilings):
-            written += _write(out, shape, plan, ceilings, rows)
+    for batch in batches:
+        for shape, rows in _measure_batch(plan, batch, ceilings, deadline):
+            origin = provenance(plan.device)
+            full = [{**origin, **finished(row, shape, plan.device, ceilings)} for row in rows]
+            results.append(out, "kernels", full)
+            written += full
             done += 1
             progress("measurements", done, total)
     return written
 
 
-def measured_ceilings(device: str, out: Path, seconds: float) -> dict[str, float]:
+def measured_ceilings(device: str, out: Path, seconds: float, threads: int | None = None) -> dict[str, float]:
     """Measures the ceilings and appends them to ``out/ceilings.csv``."""
-    for _, rows in run_tasks([("ceilings", {"device": device, "seconds": seconds})], device):
+    for _, rows in run_tasks([("ceilings", {"device": device, "seconds": seconds})], device, threads=threads):
         found = rows[-1]
         if "copy" not in found:
             raise UserError(f"the ceilings of this machine could not be measured: {found.get('note', found)}")
@@ -115,30 +116,59 @@ def measured_ceilings(device: str, out: Path, seconds: float) -> dict[str, float
     return found
 
 
-def _measure_pair(plan: Plan, shape: Shape, jobs: list[Job], ceilings: Mapping[str, float]) -> Iterator[list[Row]]:
-    """Rows of each job. A CPU is timed in several processes and its memory measured in one of its own."""
+Item = tuple[Shape, Job]
+
+
+def _measure_batch(
+    plan: Plan, batch: list[Item], ceilings: Mapping[str, float], deadline: float
+) -> Iterator[tuple[Shape, list[Row]]]:
+    """Rows of each job; those that take too long, or come after the deadline, are skipped in words."""
     runnable = []
-    for job in jobs:
+    for shape, job in batch:
         seconds = least_seconds(job, shape, ceilings)
         if seconds > plan.longest:
-            yield [_skipped(job, f"its products alone take {seconds:.0f} s at the library's rate")]
+            yield shape, [_skipped(job, f"its products alone take {seconds:.0f} s at the library's rate")]
         else:
-            runnable.append(job)
-    timeout = 120 + 40 * plan.longest
-    if plan.device == "cuda":
-        for index, rows in run_tasks([("kernel", asdict(job)) for job in runnable], "cuda", timeout=timeout):
-            yield [_named(runnable[index], row, 1) for row in rows]
-        return
-    passes = [[replace(job, what="time") for job in runnable] for _ in range(plan.processes)]
-    passes.append([replace(job, what="memory") for job in runnable])
-    collected: list[list[Row]] = [[] for _ in runnable]
+            runnable.append((shape, job))
+    measured = 0
+    if time.monotonic() < deadline:
+        for index, rows in (_on_gpu if plan.device == "cuda" else _on_cpu)(plan, [job for _, job in runnable]):
+            yield runnable[index][0], rows
+            measured = index + 1
+            if plan.device == "cuda" and time.monotonic() > deadline:
+                break
+    for shape, job in runnable[measured:]:
+        yield shape, [_skipped(job, "the time of this run was over")]
+
+
+def _on_gpu(plan: Plan, jobs: list[Job]) -> Iterator[tuple[int, list[Row]]]:
+    for index, rows in run_tasks([("kernel", asdict(job)) for job in jobs], "cuda", timeout=_patience(plan)):
+        yield index, [_named(jobs[index], row, 1) for row in rows]
+
+
+def _on_cpu(plan: Plan, jobs: list[Job]) -> Iterator[tuple[int, list[Row]]]:
+    """Times in several processes, memory in one of its own."""
+    passes = [[replace(job, what="time") for job in jobs] for _ in range(plan.processes)]
+    passes.append([replace(job, what="memory") for job in jobs])
+    collected: list[list[Row]] = [[] for _ in jobs]
     for number, batch in enumerate(passes):
-        tasks = [("kernel", asdict(job)) for job in batch]
         last = number == len(passes) - 1
-        for index, rows in run_tasks(tasks, "cpu", timeout=timeout, environment=MALLOC_RETURNS if last else None):
+        answers = run_tasks(
+            [("kernel", asdict(job)) for job in batch],
+            "cpu",
+            timeout=_patience(plan),
+            environment=MALLOC_RETURNS if last else None,
+            threads=plan.threads,
+        )
+        for index, rows in answers:
             collected[index] += rows
             if last:
-                yield [_named(runnable[index], row, plan.processes) for row in merge(collected[index])]
+                yield index, [_named(jobs[index], row, plan.processes) for row in merge(collected[index])]
+
+
+def _patience(plan: Plan) -> float:
+    """Seconds without an answer after which a process is given up: compiling, the float64 reference, the calls."""
+    return 120 + 40 * plan.longest
 
 
 def least_seconds(job: Job, shape: Shape, ceilings: Mapping[str, float]) -> float:
@@ -170,13 +200,6 @@ def _named(job: Job, row: Row, processes: int) -> Row:
 
 def _skipped(job: Job, why: str) -> Row:
     return {**job.columns, "direction": "both", "status": "skipped", "note": why}
-
-
-def _write(out: Path, shape: Shape, plan: Plan, ceilings: Mapping[str, float], rows: list[Row]) -> list[Row]:
-    origin = provenance(plan.device)
-    full = [{**origin, **finished(row, shape, plan.device, ceilings)} for row in rows]
-    results.append(out, "kernels", full)
-    return full
 
 
 def finished(row: Row, shape: Shape, device: str, ceilings: Mapping[str, float]) -> Row:

@@ -117,7 +117,7 @@ def write_summary(folder: Path, pictures: Iterable[Path]) -> Path:
 def _kernel_legend(loads: list[float]) -> str:
     busy = f" Load average of the machine during the runs: {min(loads):.1f} to {max(loads):.1f}." if loads else ""
     return (
-        "`x floor`, `x eager`, `extra MB` and `TFLOP/s` are of forward + backward. `forward` is without gradient; `both` "
-        "is a training call; `backward` follows a kept forward. `extra MB` is the peak beyond the inputs, gradients "
-        "included." + busy
+        "`x floor`, `x eager`, `extra MB` and `TFLOP/s` are of forward + backward. `forward` is without gradient; "
+        "`both` is a training call; `backward` follows a kept forward. `extra MB` is the peak beyond the inputs, "
+        "gradients included." + busy
     )

@@ -48,17 +48,34 @@ def _lines(path: str) -> list[str]:
     return Path(path).read_text(encoding="utf-8").splitlines() if Path(path).is_file() else []
 
 
+def _usable_gpu() -> bool:
+    """Whether the context survived: after an illegal access every later call of the process fails."""
+    import torch
+
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
+
+
 def main() -> None:
     request = json.load(sys.stdin)
     answers = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
     os.dup2(2, 1)  # what libraries print does not disturb the answers
     if request["device"] == "cpu":
         limit_process(request["memory_limit"])
+    if request["threads"] is not None:
+        import torch
+
+        torch.set_num_threads(request["threads"])
     for number, task, job in request["jobs"]:
-        print(json.dumps({"begin": number}), file=answers)
         for row in TASKS[task](job):
             print(json.dumps({"row": row}), file=answers)
-        print(json.dumps({"end": number}), file=answers)
+        usable = request["device"] == "cpu" or _usable_gpu()
+        print(json.dumps({"end": number, "last": not usable}), file=answers)
+        if not usable:
+            return
 
 
 if __name__ == "__main__":

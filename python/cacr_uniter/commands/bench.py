@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cacr_uniter.commands.progress import bars
 from cacr_uniter.errors import UserError
+
+if TYPE_CHECKING:
+    from cacr_uniter.benchmark.run import Plan
 
 PARTS = {
     "plot": "draw the pictures and the summary of a results folder",
@@ -72,26 +76,35 @@ def _kernels(argv: list[str]) -> int:
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: the GPU if there is one")
     add("--seconds", type=float, help="of timing each direction (default: 0.2 quick, 1 full)")
     add("--processes", type=int, help="fresh processes in which a CPU is timed (default: 1 quick, 3 full)")
-    add("--budget", type=float, default=float("inf"), help="seconds after which nothing new is started")
+    add("--threads", type=int, help="of a CPU (default: torch's own choice)")
+    add("--budget", type=float, help="seconds after which no new shape is started (default: 40 quick, none full)")
     args = parser.parse_args(argv)
 
     from cacr_uniter.benchmark.run import run_benchmark
     from cacr_uniter.benchmark.summary import kernel_table
 
     device = pick_device(args.device)
-    out = results_folder(args.out, device)
     plan = make_plan(args, device)
+    if plan.threads is not None:
+        import torch
+
+        torch.set_num_threads(plan.threads)
+    out = results_folder(args.out, device)
     with bars() as progress:
         rows = run_benchmark(plan, out, progress)
     print(kernel_table([{k: "" if v is None else str(v) for k, v in row.items()} for row in rows]))
+    for row in rows:
+        if row["status"] != "ok":
+            names = ", ".join(row[name] for name in ("shape", "dtype", "variant", "kind", "contender"))
+            print(f"{row['status']}: {names}: {row.get('note', 'its result is wrong')}")
     print(f"appended to {out / 'kernels.csv'}; pictures: cacr bench plot --out {out}")
     return 0
 
 
-def make_plan(args: argparse.Namespace, device: str):  # type: ignore[no-untyped-def]
+def make_plan(args: argparse.Namespace, device: str) -> Plan:
     """The plan of the arguments, defaults filled by preset and device."""
     from cacr_uniter.benchmark.contenders import OURS, PEERS
-    from cacr_uniter.benchmark.run import Plan
+    from cacr_uniter.benchmark.run import Plan as _Plan
     from cacr_uniter.benchmark.shapes import parse_shapes, preset_shapes
 
     quick = args.preset == "quick"
@@ -99,13 +112,13 @@ def make_plan(args: argparse.Namespace, device: str):  # type: ignore[no-untyped
     unknown = [name for name in args.contenders or () if name not in known]
     if unknown:
         raise UserError(f"--contenders: there is no {unknown[0]!r}; there are {', '.join(known)}")
-    for name in ("seconds", "processes", "budget"):
+    for name in ("seconds", "processes", "budget", "threads"):
         value = getattr(args, name)
         if value is not None and not value > 0:
             raise UserError(f"--{name} is {value}: give a positive number")
     shapes = preset_shapes(args.preset, device)
     cpu_quick = quick and device == "cpu"
-    return Plan(
+    return _Plan(
         shapes=parse_shapes(args.shapes, args.preset, device) if args.shapes else shapes,
         dtypes=tuple(args.dtypes or (("float32",) if cpu_quick else ("float32", "bfloat16"))),
         kinds=tuple(args.kinds or (("scores", "softmax") if quick else ("scores", "softmax", "probs"))),
@@ -113,7 +126,8 @@ def make_plan(args: argparse.Namespace, device: str):  # type: ignore[no-untyped
         seconds=args.seconds or (0.2 if quick else 1.0),
         processes=args.processes or (1 if quick else 3),
         longest=(2.0 if quick else 20.0) if device == "cpu" else 5.0,
-        budget=args.budget,
+        budget=args.budget or (40.0 if quick else float("inf")),
+        threads=args.threads,
         compiled=not cpu_quick,
         contenders=tuple(args.contenders or ()),
     )
@@ -136,7 +150,7 @@ def _plot(argv: list[str]) -> int:
 
 
 def _training(argv: list[str]) -> int:
-    from cacr_uniter.benchmark.training_cost import main as training
+    from cacr_uniter.benchmark.training_run import main as training
 
     return training(argv, _parser("training", PARTS["training"]))
 
