@@ -20,33 +20,46 @@ import torch
 
 from cacr_kernels import backends as backend_module
 from cacr_kernels import fused_cacr, fused_cacr_blocks, native
+from cacr_kernels.problem import Options, Spans
 from cacr_kernels.reference import cacr_closed_form, cacr_loop
+from cacr_kernels.reference.closed_form import scores_reference
 from cacr_kernels.testing import loss_and_gradients, make_input, make_scores, relative_error
 
+NAN = float("nan")
+#: sides, projection_scale, projection_mean, row_mean, stop_gradient, scale, backend of the operators
+OPTIONS = ("both", 1.0, False, False, "none", 1.0, "cuda")
 CSRC = Path(__file__).parents[2] / "csrc"
 KINDS = ("scores", "softmax", "probs")
 
 
-def compile_emulation(compiler, directory):
+def build_emulation(compiler, directory):
     """The native module with the CUDA kernels emulated; its CPU functions stay unresolved (lazy binding)."""
     import pybind11
 
-    sources = ["bindings.cpp", "cuda/host/emulation.cpp", "cuda/forward.cu", "cuda/backward.cu"]
-    headers = [p for p in sorted(CSRC.rglob("*")) if p.suffix in (".h", ".cuh", ".cu", ".cpp")]
-    key = hashlib.sha256(b"".join(p.read_bytes() for p in headers) + sys.version.encode()).hexdigest()[:16]
-    library = directory / key / "_native.so"
+    sources = ("bindings.cpp", "cuda/host/emulation.cpp", "cuda/forward.cu", "cuda/backward.cu")
+    read = [p for where in ("*.cpp", "cuda/**/*.*", "include/*", "cpu/*.h") for p in sorted(CSRC.glob(where))]
     names = ("CACR_COMPILER", "CACR_CUDA_COMPILER", "CACR_CUDA_ARCHITECTURES", "CACR_CUDA_REASON")
-    command = [compiler, "-std=c++17", "-O1", "-shared", "-fPIC", "-fvisibility=hidden", "-Wl,-z,lazy"]
     # another namespace: Python already knows the types of the installed module
-    command += ["-Dcacr=cacr_emulated", "-DCACR_WITH_CUDA", *(f'-D{name}="emulation"' for name in names)]
-    command += [f"-I{path}" for path in (CSRC, CSRC / "include", CSRC / "cuda")]
-    command += [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}", "-x", "c++"]
+    flags = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Dcacr=cacr_emulated", "-DCACR_WITH_CUDA"]
+    flags += [f'-D{name}="emulation"' for name in names]
+    flags += [f"-I{path}" for path in (CSRC, CSRC / "include", CSRC / "cuda")]
+    flags += [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
+    flags += os.environ.get("CXXFLAGS", "").split()  # for example -fsanitize=address,undefined
+    text = b"".join(p.read_bytes() for p in read) + f"{flags} {sys.version}".encode()
+    folder = directory / hashlib.sha256(text).hexdigest()[:16]
+    library = folder / "_native.so"
     with open(directory / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.exists():
-            library.parent.mkdir(exist_ok=True)
-            unfinished = library.with_suffix(".tmp")
-            subprocess.run([*command, *(str(CSRC / s) for s in sources), "-o", str(unfinished)], check=True)
+            folder.mkdir(exist_ok=True)
+            objects = [folder / f"{Path(source).stem}.o" for source in sources]
+            for source, target in zip(sources, objects, strict=True):
+                level = "-O1" if source.startswith("cuda") else "-O0"
+                command = [compiler, *flags, level, "-x", "c++", "-c", str(CSRC / source), "-o", str(target)]
+                subprocess.run(command, check=True)
+            unfinished = folder / "unfinished"
+            link = [compiler, *flags, "-shared", "-Wl,-z,lazy", *map(str, objects), "-o", str(unfinished)]
+            subprocess.run(link, check=True)
             unfinished.rename(library)
     return library
 
@@ -72,11 +85,13 @@ class Emulation:
 
 
 @pytest.fixture(scope="session")
-def emulation(pytestconfig):
+def emulation():
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if not compiler or not sys.platform.startswith("linux"):
         pytest.skip("needs a C++17 compiler on Linux to build the emulated CUDA kernels")
-    return Emulation(compile_emulation(compiler, pytestconfig.cache.mkdir("cuda_emulation")))
+    directory = CSRC.parent / "build" / "cuda_emulation"
+    directory.mkdir(parents=True, exist_ok=True)
+    return Emulation(build_emulation(compiler, directory))
 
 
 @pytest.fixture
@@ -84,7 +99,7 @@ def emulated(emulation, monkeypatch):
     """backend="cuda" runs the emulated kernels on CPU tensors, two problems a chunk, in a NaN-filled workspace."""
 
     def run(problem, x, workspace_bytes, launch):
-        workspace = torch.full((workspace_bytes(problem) // 4 * 2,), float("nan"))
+        workspace = torch.full((workspace_bytes(problem) // 4 * 2,), NAN)
         problem.set_workspace(workspace.data_ptr(), workspace.numel() * 4)
         launch(problem)
 
@@ -97,7 +112,7 @@ def emulated(emulation, monkeypatch):
 
 
 def poison(like):
-    return torch.full(like.shape, float("nan"), dtype=like.dtype)
+    return torch.full(like.shape, NAN, dtype=like.dtype)
 
 
 def cuda(x, n_text, **options):
@@ -137,3 +152,162 @@ def test_sizes(emulated, kind, n_text, n_vision):
 @pytest.mark.parametrize("kind", KINDS)
 def test_options(emulated, kind, options):
     agree(make_input(kind, 6, 9, batch=2, heads=3, std=0.5, seed=3), 6, 2e-5, kind=kind, **options)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_accumulates_in_float32(emulated, dtype, kind):
+    attn = make_input(kind, 20, 37, std=0.5, dtype=dtype, seed=1)
+    loss, (gradient,) = loss_and_gradients(lambda x: cuda(x, 20, kind=kind), attn)
+    expected, (expected_gradient,) = loss_and_gradients(lambda x: cacr_closed_form(x, 20, kind=kind), attn.double())
+    assert relative_error(loss, expected) < 1e-5
+    # two contributions of S_tt and S_vv, one rounding: half a unit in the last place, root mean square below a third
+    assert relative_error(gradient, expected_gradient) < 0.35 * torch.finfo(dtype).eps
+
+
+def test_half_precision_gradient_overflows_to_infinity(emulated):
+    attn = make_scores(8, 8, std=150.0, dtype=torch.float16, seed=2)
+    _, (gradient,) = loss_and_gradients(lambda x: cuda(x, 8), attn)
+    _, (expected,) = loss_and_gradients(lambda x: cacr_closed_form(x, 8), attn.double())
+    assert torch.isinf(expected.half()).any()
+    assert torch.equal(gradient.isinf(), expected.half().isinf())
+
+
+@pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded", "heads last"])
+def test_layouts(emulated, layout):
+    attn = {
+        "transposed": lambda: make_scores(9, 12, batch=2, heads=2).mT,
+        "sliced": lambda: make_scores(11, 13, batch=2, heads=2)[..., 1:22, 2:23],
+        "expanded": lambda: make_scores(9, 12, heads=1).expand(3, 2, 21, 21),
+        "heads last": lambda: make_scores(9, 12, batch=2, heads=21).movedim(1, -1)[:, 0:2],
+    }[layout]()
+    agree(attn[..., :21, :21], 9, 2e-5)
+
+
+# text_start, n_text, vision_start, n_vision of examples with 32 tokens, at most 9 and 20 in a span
+VALID = [[1, 5, 8, 20], [20, 7, 2, 11], [0, 0, 4, 9], [3, 9, 12, 20], [2, 4, 6, 1], [7, 3, 0, 0]]
+INVALID = [[30, 4, 0, 5], [-1, 3, 9, 9], [0, 4, 3, 9], [0, 10, 10, 5], [0, 3, 2**31 - 1, 20], [-(2**31), 2, 5, -3]]
+
+
+def problem_of(table, kind="scores", bounds=(9, 20)):
+    return (torch.tensor(table, dtype=torch.int32), 0, bounds[0], 0, bounds[1], kind, *OPTIONS)
+
+
+def forward_and_backward(inputs, problem):
+    loss, saved = torch.ops.cacr_kernels.scores_forward(inputs, *problem, True)
+    gradients = torch.ops.cacr_kernels.scores_backward(torch.ones_like(loss), inputs, saved, *problem)
+    return loss, gradients
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_span_tables_with_empty_and_invalid_examples(emulated, kind):
+    """Nothing outside the spans is read (NaN there) or given a gradient; an invalid example is NaN throughout."""
+    n_valid = len(VALID)
+    attn = make_scores(12, 20, batch=n_valid + len(INVALID), heads=2, std=0.5, seed=4)
+    attn = attn.softmax(-1) if kind == "probs" else attn
+    inside = torch.zeros(len(attn), 32, dtype=torch.bool)
+    for example, (text, n_text, vision, n_vision) in enumerate(VALID):
+        inside[example, text : text + n_text] = inside[example, vision : vision + n_vision] = True
+    inside = (inside[:, None, :, None] & inside[:, None, None, :]).expand_as(attn)
+    loss, (gradient,) = forward_and_backward([attn.masked_fill(~inside, NAN)], problem_of(VALID + INVALID, kind))
+
+    spans = dict(zip(("text_start", "n_text", "vision_start", "n_vision"), torch.tensor(VALID).T, strict=True))
+    expected, (expected_gradient,) = loss_and_gradients(
+        lambda x: cacr_closed_form(x, **spans, kind=kind, reduction="none"), attn[:n_valid].double()
+    )
+    assert relative_error(loss[:n_valid], expected) < 2e-5
+    assert relative_error(gradient[:n_valid], expected_gradient) < 2e-5
+    assert (gradient[:n_valid][~inside[:n_valid]] == 0).all()
+    assert (loss[[2, 5]] == 0).all()
+    assert (gradient[[2, 5]] == 0).all()
+    assert loss[n_valid:].isnan().all()
+    assert gradient[n_valid:].isnan().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_four_blocks_with_a_span_table(emulated, kind):
+    """Spans of separate blocks may overlap as numbers; a table that leaves a block is invalid."""
+    table = [[2, 5, 0, 13], [0, 7, 3, 9], [1, 7, 0, 13]]
+    shapes = [(7, 7), (7, 13), (13, 7), (13, 13)]
+    blocks = [make_scores(r, c, batch=3, heads=2, std=0.5)[..., :r, -c:] for r, c in shapes]
+    blocks = [b.softmax(-1) if kind == "probs" else b for b in blocks]
+    loss, gradients = forward_and_backward(blocks, problem_of(table, kind, (7, 13)))
+    spans = Spans(0, 7, 0, 13, torch.tensor(table[:2], dtype=torch.int32))
+    expected, expected_gradients = loss_and_gradients(
+        lambda *x: scores_reference(list(x), spans, Options(kind=kind)), *(b[:2].double() for b in blocks)
+    )
+    assert relative_error(loss[:2], expected) < 2e-5
+    assert loss[2].isnan().all()
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        assert relative_error(gradient[:2], expected_gradient) < 2e-5
+        assert gradient[2].isnan().all()
+
+
+def test_four_blocks_without_spans(emulated):
+    attn = make_scores(6, 70, batch=2, std=0.4, seed=9)
+    blocks = [attn[..., :6, :6], attn[..., :6, 6:], attn[..., 6:, :6], attn[..., 6:, 6:]]
+    loss, gradients = loss_and_gradients(lambda *x: fused_cacr_blocks(*x, backend="cuda"), *blocks)
+    whole, (gradient,) = loss_and_gradients(lambda x: cuda(x, 6), attn)
+    assert torch.equal(loss, whole)
+    assert torch.equal(torch.cat([torch.cat(gradients[:2], -1), torch.cat(gradients[2:], -1)], -2), gradient)
+
+
+@pytest.mark.parametrize("mean", [-3.0, 3.0])
+def test_a_common_offset_of_the_scores_costs_no_precision(emulated, mean):
+    agree(make_scores(12, 36, std=1.0, mean=mean, seed=5), 12, 1e-5)
+
+
+def test_congruent_attention_has_zero_loss_and_gradient(emulated):
+    loss, (gradient,) = loss_and_gradients(lambda x: cuda(x, 33), make_scores(33, 33, pattern="congruent"))
+    assert loss == 0
+    assert (gradient == 0).all()
+
+
+def test_loss_of_the_loop(emulated):
+    attn = make_scores(5, 7, batch=2, heads=2, std=0.7)
+    assert relative_error(cuda(attn, 5, reduction="none"), cacr_loop(attn, 5, reduction="none")) < 1e-5
+
+
+def test_grad_loss_of_any_stride_and_empty_batch(emulated):
+    attn = make_scores(4, 5, batch=2, heads=3)
+    weights = torch.linspace(-1, 2, 6).view(3, 2).mT
+    gradients = [
+        loss_and_gradients(lambda x, b=b: fused_cacr(x, 4, reduction="none", backend=b) * weights, attn)[1][0]
+        for b in ("cuda", "reference")
+    ]
+    assert relative_error(*gradients) < 2e-5
+    assert cuda(attn[:0], 4) == 0
+
+
+def test_the_order_of_threads_and_blocks_does_not_change_a_bit(emulated):
+    attn = make_input("softmax", 35, 66, batch=2, std=0.5)
+    results = []
+    for seed in range(3):
+        emulated.configure(seed)
+        loss, (gradient,) = loss_and_gradients(lambda x: cuda(x, 35, kind="softmax"), attn)
+        results.append((loss, gradient))
+    assert all(torch.equal(loss, results[0][0]) and torch.equal(g, results[0][1]) for loss, g in results[1:])
+
+
+def test_every_barrier_is_needed(emulated):
+    """With any one of the barriers taken out, results differ or the emulation refuses: a missing one is found."""
+
+    def results():
+        """Loss and gradient for several and for one tile a row; NaN where the emulation refuses."""
+        values = []
+        for n_text in (66, 20):
+            try:
+                loss, (gradient,) = loss_and_gradients(lambda x, n=n_text: cuda(x, n), make_scores(n_text, 35, std=0.5))
+            except RuntimeError:
+                return torch.tensor(NAN)
+            values += [loss.flatten(), gradient.flatten()]
+        return torch.cat(values)
+
+    emulated.configure(1)
+    expected = results()
+    barriers = emulated.barriers()
+    assert not expected.isnan().any()
+    assert len(barriers) >= 8
+    for barrier in barriers:
+        emulated.configure(1, barrier)
+        assert not torch.equal(results(), expected), f"nobody needs the barrier at {barrier}"
