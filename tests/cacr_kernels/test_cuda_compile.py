@@ -58,9 +58,9 @@ def check(log, types, record_property):
 
 def test_the_log_of_a_spilling_kernel_is_recognised():
     log = (
-        "ptxas info    : Compiling entry function '_ZN4cacr19cacr_forward_kernelINS_4HalfEEEvNS_7ProblemEx' for 'sm_75'\n"
+        "ptxas info : Compiling entry function '_ZN4cacr19cacr_forward_kernelINS_4HalfEEEvNS_7ProblemEx' for 'sm_75'\n"
         "    8 bytes stack frame, 8 bytes spill stores, 16 bytes spill loads\n"
-        "ptxas info    : Used 127 registers, used 1 barriers, 8 bytes cumulative stack size, 16896 bytes smem, 856 bytes\n"
+        "ptxas info : Used 127 registers, used 1 barriers, 8 bytes cumulative stack size, 16896 bytes smem, 856 bytes\n"
     )
     use = {"stack": 8, "stores": 8, "loads": 16, "registers": 127, "shared": 16896}
     assert resources(log) == {"cacr_forward_kernel<Half>": use}
