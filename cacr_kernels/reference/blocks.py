@@ -41,15 +41,19 @@ def positions(like: Tensor, n: int) -> Tensor:
     return torch.arange(n, device=like.device)[None, :]
 
 
-def gather(x: Tensor, starts: tuple[Tensor, ...], lengths: tuple[Tensor, ...], bounds: tuple[int, ...]) -> Tensor:
-    """x [B, H, *S] cut along its last dimensions: element i of a span is start + i; exactly 0 beyond its length."""
+#: where a ragged span lies along an axis: start [B], length [B], host upper bound of the length
+Axis = tuple[Tensor, Tensor, int]
+
+
+def gather(x: Tensor, *axes: Axis) -> Tensor:
+    """x [B, H, *S] cut along the dimensions after H: element i of a span is start + i; exactly 0 beyond its length."""
     batch, heads = x.shape[:2]
     index: list[Tensor] = []
     keep: Tensor | None = None
-    n = len(starts)
-    for axis, (start, length, bound) in enumerate(zip(starts, lengths, bounds)):
+    n = len(axes)
+    for axis, (start, length, bound) in enumerate(axes):
         position = positions(x, bound)
-        shape = [batch, 1] + [bound if d == axis else 1 for d in range(n)]
+        shape = [batch, 1, *(bound if d == axis else 1 for d in range(n))]
         where = (start[:, None] + position).clamp(0, max(x.shape[2 + axis] - 1, 0)).view(shape)
         index.append(where)
         inside = (position < length[:, None]).view(shape)
@@ -77,9 +81,11 @@ def score_blocks(inputs: list[Tensor], spans: Spans) -> Blocks:
         v = slice(spans.vision_start, spans.vision_start + spans.n_vision)
         return Blocks(tt[..., t, t], tv[..., t, v], vt[..., v, t], vv[..., v, v], spans)
     t0, nt, v0, nv, bad = table_columns(spans, block_limits(inputs))
-    t, v = (t0, nt, spans.n_text), (v0, nv, spans.n_vision)
-    cut = [gather(x, *zip(r, c)) for x, r, c in ((tt, t, t), (tv, t, v), (vt, v, t), (vv, v, v))]  # type: ignore[arg-type]
-    return Blocks(*cut, spans, bad)
+    rows_t, rows_v = (t0, nt, spans.n_text), (v0, nv, spans.n_vision)
+    return Blocks(
+        gather(tt, rows_t, rows_t), gather(tv, rows_t, rows_v), gather(vt, rows_v, rows_t), gather(vv, rows_v, rows_v),
+        spans, bad,
+    )  # fmt: skip
 
 
 def qk_blocks(q: Tensor, k: Tensor, spans: Spans, scale: float) -> Blocks:
@@ -92,10 +98,10 @@ def qk_blocks(q: Tensor, k: Tensor, spans: Spans, scale: float) -> Blocks:
         q_t, q_v, k_t, k_v = q[..., t, :], q[..., v, :], k[..., t, :], k[..., v, :]
     else:
         t0, nt, v0, nv, bad = table_columns(spans, block_limits([q]))
-        q_t, k_t = (gather(x, (t0,), (nt,), (spans.n_text,)) for x in (q, k))
-        q_v, k_v = (gather(x, (v0,), (nv,), (spans.n_vision,)) for x in (q, k))
-    scores = [(scale * r) @ c.mT for r, c in ((q_t, k_t), (q_t, k_v), (q_v, k_t), (q_v, k_v))]
-    return Blocks(*scores, spans, bad)
+        q_t, k_t = (gather(x, (t0, nt, spans.n_text)) for x in (q, k))
+        q_v, k_v = (gather(x, (v0, nv, spans.n_vision)) for x in (q, k))
+    q_t, q_v = scale * q_t, scale * q_v
+    return Blocks(q_t @ k_t.mT, q_t @ k_v.mT, q_v @ k_t.mT, q_v @ k_v.mT, spans, bad)
 
 
 def masked(x: Tensor, columns: Tensor | None) -> Tensor:
