@@ -40,6 +40,9 @@ path.write_text(json.dumps([result.step, result.finished, str(result.checkpoint_
 """
 
 
+pytestmark = pytest.mark.xdist_group("distributed")
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -40,6 +40,11 @@ def test_half_precision_scores_are_compared_in_float32(kind: Any) -> None:
     assert matching_loss(scores, LossConfig(kind=kind)).dtype == torch.float32
 
 
+def scores_config(**fields: Any) -> AuxConfig:
+    """CACR on each head's raw scores, by the reference backend."""
+    return AuxConfig(**{"kind": "scores", "heads": "each", "backend": "reference"} | fields)
+
+
 def pairs() -> tuple[Batch, Tensor, Tensor]:
     """Five ragged pairs with queries and keys [5, 3, S, 4]."""
     source = synthetic_source()
@@ -100,7 +105,7 @@ def test_scales_and_reductions_reach_the_kernels(options: dict[str, Any], scaled
         scores, n_text = pair_scores(q, k, batch, i)
         scores = scores if scaled else scores * math.sqrt(q.shape[-1])
         expected += cacr_closed_form(scores, n_text, **({"row_reduction": "mean"} | options)).item()
-    config = AuxConfig(kind="scores", heads="each", scaled=scaled, backend="reference", **options)
+    config = scores_config(scaled=scaled, **options)
     assert AuxiliaryLoss(config)(q, k, batch, "image").item() == pytest.approx(expected, rel=2e-5)
 
 
@@ -131,7 +136,7 @@ def test_alternating_sides_follow_the_half() -> None:
     batch, q, k = pairs()
 
     def loss(sides: Any, half: Any) -> float:
-        return AuxiliaryLoss(AuxConfig(sides=sides, backend="reference"))(q, k, batch, half).item()
+        return AuxiliaryLoss(scores_config(sides=sides))(q, k, batch, half).item()
 
     assert loss("alternate", "image") == loss("vision", "image")
     assert loss("alternate", "text") == loss("text", "image")
@@ -142,9 +147,9 @@ def test_alternating_sides_follow_the_half() -> None:
 def test_stop_gradient_keeps_the_value_and_cuts_the_gradient(stop: Any) -> None:
     batch, q, k = pairs()
     q.requires_grad_()
-    loss = AuxiliaryLoss(AuxConfig(kind="softmax", stop_gradient=stop, backend="reference"))(q, k, batch, "image")
+    loss = AuxiliaryLoss(scores_config(kind="softmax", stop_gradient=stop))(q, k, batch, "image")
     (gradient,) = torch.autograd.grad(loss, q)
-    free = AuxiliaryLoss(AuxConfig(kind="softmax", backend="reference"))(q, k, batch, "image")
+    free = AuxiliaryLoss(scores_config(kind="softmax"))(q, k, batch, "image")
     (full,) = torch.autograd.grad(free, q)
     assert loss.item() == pytest.approx(free.item(), rel=1e-6)
     assert torch.allclose(gradient, full) == (stop == "none")
@@ -156,7 +161,7 @@ def test_the_auxiliary_loss_trains_only_what_lies_below_the_last_scores() -> Non
     model = UniterForRetrieval(sizes).eval()
     batch, _, _ = pairs()
     q, k = model.last_layer_qk(model(batch).last_input)
-    AuxiliaryLoss(AuxConfig(backend="reference"))(q, k, batch, "image").backward()
+    AuxiliaryLoss(scores_config())(q, k, batch, "image").backward()
     reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
     last = "uniter.encoder.layer.1."
     inside = {f"{last}attention.self.{part}.weight" for part in ("query", "key")}
@@ -171,7 +176,7 @@ def test_the_auxiliary_loss_trains_only_what_lies_below_the_last_scores() -> Non
         (AuxConfig(kind="probs", heads="each"), "kind probs and heads mean, both or neither"),
         (AuxConfig(kind="scores", heads="mean"), "kind probs and heads mean, both or neither"),
         (AuxConfig(source="qk", loss="iais-singular", heads="mean"), r"take aux\.source scores"),
-        (AuxConfig(source="qk", heads="mean-scores"), r"take aux\.source scores"),
+        (AuxConfig(source="qk", kind="scores", heads="mean-scores"), r"take aux\.source scores"),
         (AuxConfig(loss="iais-singular", heads="sum-scores"), "give mean"),
         (AuxConfig(loss="iais-singular", heads="mean", stop_gradient="target"), "belong to cacr"),
         (AuxConfig(layers=[]), r"aux\.layers"),

@@ -44,6 +44,7 @@ def build_parser() -> ArgumentParser:
         exit_on_error=False,
     )
     parser.add_argument("--config", action="config", help="YAML file with any of the fields below")
+    parser.add_argument("--plan", action="store_true", help="print the memory a step needs, and train nothing")
     parser.add_argument("--progress", type=bool, default=True, help="show a progress bar")
     parser.add_class_arguments(TrainConfig)
     return parser
@@ -95,6 +96,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         UserError: an expected problem, in one or two sentences.
     """
     values = _parse(sys.argv[1:] if argv is None else argv)
+    if values["plan"]:
+        from cacr_uniter.training.plan import show_plan
+
+        show_plan(_config(values))
+        return 0
     from cacr_uniter.training.trainer import train
 
     result = train(_config(values), progress=values["progress"])

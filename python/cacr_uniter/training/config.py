@@ -118,7 +118,8 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class AuxConfig:
-    """The auxiliary loss on the attention of the matched pairs. Every ambiguity of the paper is a field.
+    """The auxiliary loss on the attention of the matched pairs. Every ambiguity of the paper is a field; the defaults
+    are what its authors most probably ran, being those of the IAIS code wherever the paper says nothing else.
 
     Args:
         loss: ``cacr`` (Eq. 6), ``iais-singular``, ``iais-distributed`` or ``none``.
@@ -146,8 +147,8 @@ class AuxConfig:
 
     loss: Literal["none", "cacr", "iais-singular", "iais-distributed"] = "cacr"
     source: Literal["scores", "qk"] = "scores"
-    kind: Literal["scores", "softmax", "probs"] = "scores"
-    heads: Literal["each", "mean", "mean-scores", "sum-scores"] = "each"
+    kind: Literal["scores", "softmax", "probs"] = "probs"
+    heads: Literal["each", "mean", "mean-scores", "sum-scores"] = "mean"
     sides: Literal["both", "text", "vision", "alternate"] = "both"
     special_tokens: bool = False
     layers: list[int] = field(default_factory=lambda: [-1])

@@ -38,6 +38,7 @@ SMALL = {
     "run.device": "cpu",
     "run.threads": 1,
     "aux.kind": "softmax",
+    "aux.heads": "each",
     "aux.backend": "reference",
 }
 
