@@ -107,8 +107,36 @@ def _new_gradients(inputs: list[Tensor]) -> list[Tensor]:
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
 
 
+def saves_gradients(dtype: torch.dtype) -> bool:
+    """Whether a CPU forward on inputs of ``dtype`` saves the gradients for its backward."""
+    return dtype in (torch.float32, torch.float64)
+
+
+def _scaled(gradient: Tensor, grad_loss: Tensor) -> Tensor:
+    """grad_loss [B, H] times a contiguous gradient [B, H, ...] of the same dtype."""
+    batch, heads = grad_loss.shape
+    target = torch.empty_like(gradient)
+    _native.scale_cpu(
+        _DTYPES[gradient.dtype],
+        batch,
+        heads,
+        gradient[0, 0].numel() if batch * heads else 0,
+        gradient.data_ptr(),
+        target.data_ptr(),
+        grad_loss.data_ptr(),
+        grad_loss.stride(),
+        torch.get_num_threads(),
+    )
+    return target
+
+
 class _Cpu:
-    """C++ kernels: a thread works on one problem (b, h) at a time, so results do not depend on the thread count."""
+    """C++ kernels: a thread works on one problem (b, h) at a time, so results do not depend on the thread count.
+
+    With float32 and float64 inputs a forward that needs gradients computes them for grad_loss = 1 in the same pass and
+    saves them; the backward multiplies. With 16-bit inputs nothing is saved and the backward recomputes, so that a
+    gradient is rounded once.
+    """
 
     #: "" is the widest instruction set of this machine; tests set narrower ones
     instruction_set = ""
@@ -116,18 +144,23 @@ class _Cpu:
     def scores_forward(
         self, inputs: list[Tensor], spans: Spans, options: Options, needs_grad: bool
     ) -> tuple[Tensor, list[Tensor]]:
-        """Loss [B, H] of [attn] or [tt, tv, vt, vv]; nothing is saved, the backward recomputes from the inputs."""
+        """Loss [B, H] of [attn] or [tt, tv, vt, vv], and the gradients for grad_loss = 1 if they are to be saved."""
         loss = inputs[0].new_empty(inputs[0].shape[:2], dtype=_loss_dtype(inputs))
         problem = _problem(inputs, spans, options)
         problem.set_loss(loss.data_ptr())
+        saved = _new_gradients(inputs) if needs_grad and saves_gradients(inputs[0].dtype) else []
+        if saved:
+            problem.set_grads(_tensors(saved))
         self._run(problem)
-        return loss, []
+        return loss, saved
 
     def scores_backward(
         self, grad_loss: Tensor, inputs: list[Tensor], saved: list[Tensor], spans: Spans, options: Options
     ) -> list[Tensor]:
         """d sum(grad_loss * loss) / d input for each input; grad_loss [B, H] with any strides."""
         grad_loss = grad_loss.to(_loss_dtype(inputs))
+        if saved:
+            return [_scaled(gradient, grad_loss) for gradient in saved]
         gradients = _new_gradients(inputs)
         problem = _problem(inputs, spans, options)
         problem.set_grad_loss(grad_loss.data_ptr(), grad_loss.stride())

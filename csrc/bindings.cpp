@@ -127,6 +127,18 @@ PYBIND11_MODULE(_native, m) {
         },
         py::arg("problem"), py::arg("instruction_set") = "");
     m.def(
+        "scale_cpu",
+        [](int dtype, i64 batch, i64 heads, i64 elements, std::uintptr_t source, std::uintptr_t target, std::uintptr_t grad_loss,
+           std::array<i64, 2> stride, int threads) {
+            const Scaling s = {(DType)dtype, batch, heads, elements, reinterpret_cast<const void*>(source),
+                               reinterpret_cast<void*>(target), reinterpret_cast<const void*>(grad_loss),
+                               {stride[0], stride[1]}, threads};
+            py::gil_scoped_release release;
+            cacr_scale_cpu(s);
+        },
+        py::arg("dtype"), py::arg("batch"), py::arg("heads"), py::arg("elements"), py::arg("source"), py::arg("target"),
+        py::arg("grad_loss"), py::arg("grad_loss_stride"), py::arg("threads"));
+    m.def(
         "cpu_multiply_add_rate",
         [](int threads, double seconds, const std::string& instruction_set) {
             const Kernels& kernels = cpu_kernels(instruction_set);

@@ -46,6 +46,19 @@ void advise_huge_pages(void* data, i64 bytes) {
 
 i64 size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
+template <typename T>
+void scale(const Scaling& s) {
+    const i64 count = s.batch * s.heads;
+#pragma omp parallel for num_threads(s.threads) if (s.threads > 1) schedule(static)
+    for (i64 index = 0; index < count; ++index) {
+        const T* source = (const T*)s.source + index * s.elements;
+        T* target = (T*)s.target + index * s.elements;
+        const i64 b = index / s.heads, h = index % s.heads;
+        const T factor = ((const T*)s.grad_loss)[b * s.grad_loss_stride[0] + h * s.grad_loss_stride[1]];
+        for (i64 i = 0; i < s.elements; ++i) target[i] = factor * source[i];
+    }
+}
+
 // Scratch of one thread.
 class Buffer {
    public:
@@ -102,6 +115,14 @@ void cacr_scores_cpu(const Problem& problem, const Kernels& kernels) {
             if (scratch.data()) kernels.scores(problem, index, scratch.data());
     }
     if (out_of_memory) throw std::bad_alloc();
+}
+
+void cacr_scale_cpu(const Scaling& scaling) {
+    advise_huge_pages(scaling.target, scaling.batch * scaling.heads * scaling.elements * size_of(scaling.dtype));
+    if (scaling.dtype == DType::f64)
+        scale<double>(scaling);
+    else
+        scale<float>(scaling);
 }
 
 double cpu_multiply_add_rate(const Kernels& kernels, int threads, double seconds) {

@@ -19,6 +19,19 @@ bool cpu_has_openmp();
 // Loss and/or gradients of every problem, on problem.threads threads (see Kernels::scores).
 void cacr_scores_cpu(const Problem& problem, const Kernels& kernels);
 
+// A gradient kept from the forward pass, times another grad_loss.
+struct Scaling {
+    DType dtype;         // f32 or f64, of everything here
+    i64 batch, heads;
+    i64 elements;        // of one problem; source and target are contiguous [B, H, elements]
+    const void* source;  // gradient for grad_loss = 1
+    void* target;
+    const void* grad_loss;
+    i64 grad_loss_stride[2];
+    int threads;
+};
+void cacr_scale_cpu(const Scaling& scaling);
+
 // Multiply-adds per second of the register tile on `threads` threads, from L1: the arithmetic roof of these kernels.
 double cpu_multiply_add_rate(const Kernels& kernels, int threads, double seconds);
 

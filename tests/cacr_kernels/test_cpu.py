@@ -134,7 +134,8 @@ def test_half_precision_computes_in_float32_and_rounds_once(kind: str, dtype: to
     for factor in (1.0, 3e4, 1e-7):  # infinities and subnormals of float16 among the gradients
         grad_loss = torch.full((2, 2), factor)
         loss, (gradient,) = run([attn], joint(7, 33), options, grad_loss)
-        same, (exact,) = run([attn.float()], joint(7, 33), options, grad_loss)
+        same, _ = native.cpu.scores_forward([attn.float()], joint(7, 33), options, False)
+        (exact,) = native.cpu.scores_backward(grad_loss, [attn.float()], [], joint(7, 33), options)
         assert torch.equal(loss, same)
         assert torch.equal(gradient, exact.to(dtype))
 
@@ -312,6 +313,18 @@ def test_gradcheck(kind: str) -> None:
 
     attn = make_input(kind, 5, 5, batch=2, heads=1, dtype=torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(Loss.apply, (attn,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_saved_gradients_and_recomputed_ones_agree(dtype: torch.dtype) -> None:
+    attn = make_scores(7, 33, batch=2, heads=3, dtype=dtype)
+    grad_loss = torch.tensor([[0.5], [-2.0]]).expand(2, 3)  # powers of two: scaling rounds nothing
+    loss, saved = native.cpu.scores_forward([attn], joint(7, 33), Options(), True)
+    assert len(saved) == native.saves_gradients(dtype)
+    assert torch.equal(loss, native.cpu.scores_forward([attn], joint(7, 33), Options(), False)[0])
+    (scaled,) = native.cpu.scores_backward(grad_loss, [attn], saved, joint(7, 33), Options())
+    (recomputed,) = native.cpu.scores_backward(grad_loss, [attn], [], joint(7, 33), Options())
+    assert torch.equal(scaled, recomputed)
 
 
 def test_empty_batch() -> None:
