@@ -1,6 +1,7 @@
-"""The CUDA kernels' source, compiled for the host: threads are fibers in a shuffled order (csrc/cuda/host/emulation.h).
+"""The CUDA kernels against the reference, on a card and, from the same source, on emulated threads.
 
-Proves indexing, barriers and mathematics without a card; says nothing of speed or of the compiler's device code.
+The emulation (csrc/cuda/host/emulation.h) runs the threads as fibers in a shuffled order: it proves indexing, barriers
+and mathematics without a card, and says nothing of speed or of the device code.
 """
 
 import ctypes
@@ -18,8 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cacr_kernels import backends as backend_module
-from cacr_kernels import fused_cacr, fused_cacr_blocks, native
+from cacr_kernels import backends, fused_cacr, fused_cacr_blocks, native
 from cacr_kernels.problem import Options, Spans
 from cacr_kernels.reference import cacr_closed_form, cacr_loop
 from cacr_kernels.reference.closed_form import scores_reference
@@ -96,7 +96,7 @@ def emulation():
 
 @pytest.fixture
 def emulated(emulation, monkeypatch):
-    """backend="cuda" runs the emulated kernels on CPU tensors, two problems a chunk, in a NaN-filled workspace."""
+    """backend="cuda" runs the emulated kernels on CPU tensors, two problems a chunk."""
 
     def run(problem, x, workspace_bytes, launch):
         workspace = torch.full((workspace_bytes(problem) // 4 * 2,), NAN)
@@ -104,15 +104,27 @@ def emulated(emulation, monkeypatch):
         launch(problem)
 
     monkeypatch.setattr(native, "_native", emulation.module)
-    monkeypatch.setattr(native.cuda, "_run", run, raising=True)
-    monkeypatch.setattr(native, "_new_gradients", lambda inputs: [poison(x) for x in inputs])
-    monkeypatch.setattr(sys.modules[backend_module.__module__], "_why_not", lambda *_: "")
+    monkeypatch.setattr(native.cuda, "_run", run)
+    monkeypatch.setattr(sys.modules[backends.__module__], "_why_not", lambda *_: "")
     emulation.configure(0)
     return emulation
 
 
-def poison(like):
-    return torch.full(like.shape, NAN, dtype=like.dtype)
+@pytest.fixture(params=["emulated", pytest.param("card", marks=pytest.mark.gpu)])
+def device(request, monkeypatch):
+    """The device of the tensors that backend="cuda" takes; what it must write starts as NaN."""
+    if request.param == "emulated":
+        request.getfixturevalue("emulated")
+    elif not backends()["cuda"].available:
+        pytest.skip(f"cuda: {backends()['cuda'].reason}")
+    monkeypatch.setattr(native, "_new_gradients", lambda inputs: [torch.full(x.shape, NAN).to(x) for x in inputs])
+    return "cpu" if request.param == "emulated" else "cuda"
+
+
+@pytest.fixture
+def emulated_order(request, device):
+    """Changes the order of the emulated threads; a card has its own."""
+    return request.getfixturevalue("emulation").configure if device == "cpu" else lambda seed: None
 
 
 def cuda(x, n_text, **options):
@@ -120,20 +132,19 @@ def cuda(x, n_text, **options):
 
 
 def agree(attn, n_text, tolerance, **options):
-    """Loss and gradient of the emulated kernels against the closed form in float64 on the same values."""
+    """Loss and gradient against the closed form in float64 on the same values."""
     loss, (gradient,) = loss_and_gradients(lambda x: cuda(x, n_text, **options), attn)
     expected, (expected_gradient,) = loss_and_gradients(lambda x: cacr_closed_form(x, n_text, **options), attn.double())
     assert loss.dtype == torch.float32
     assert gradient.dtype == attn.dtype
     assert relative_error(loss, expected) < tolerance
-    assert relative_error(gradient, expected_gradient) < max(tolerance, 2 * torch.finfo(attn.dtype).eps)
-    return gradient
+    assert relative_error(gradient, expected_gradient) < tolerance
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("n_text", "n_vision"), [(1, 1), (2, 7), (33, 1), (7, 63), (63, 33), (129, 2), (65, 129)])
-def test_sizes(emulated, kind, n_text, n_vision):
-    attn = make_input(kind, n_text, n_vision, std=0.5, seed=n_text)
+def test_sizes(device, kind, n_text, n_vision):
+    attn = make_input(kind, n_text, n_vision, std=0.5, seed=n_text, device=device)
     agree(attn, n_text, 2e-5, kind=kind)
 
 
@@ -150,14 +161,14 @@ def test_sizes(emulated, kind, n_text, n_vision):
     ids=lambda o: "-".join(map(str, o.values())),
 )
 @pytest.mark.parametrize("kind", KINDS)
-def test_options(emulated, kind, options):
-    agree(make_input(kind, 6, 9, batch=2, heads=3, std=0.5, seed=3), 6, 2e-5, kind=kind, **options)
+def test_options(device, kind, options):
+    agree(make_input(kind, 6, 9, batch=2, heads=3, std=0.5, seed=3, device=device), 6, 2e-5, kind=kind, **options)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_accumulates_in_float32(emulated, dtype, kind):
-    attn = make_input(kind, 20, 37, std=0.5, dtype=dtype, seed=1)
+def test_half_precision_accumulates_in_float32(device, dtype, kind):
+    attn = make_input(kind, 20, 37, std=0.5, dtype=dtype, seed=1, device=device)
     loss, (gradient,) = loss_and_gradients(lambda x: cuda(x, 20, kind=kind), attn)
     expected, (expected_gradient,) = loss_and_gradients(lambda x: cacr_closed_form(x, 20, kind=kind), attn.double())
     assert relative_error(loss, expected) < 1e-5
@@ -165,8 +176,8 @@ def test_half_precision_accumulates_in_float32(emulated, dtype, kind):
     assert relative_error(gradient, expected_gradient) < 0.35 * torch.finfo(dtype).eps
 
 
-def test_half_precision_gradient_overflows_to_infinity(emulated):
-    attn = make_scores(8, 8, std=150.0, dtype=torch.float16, seed=2)
+def test_half_precision_gradient_overflows_to_infinity(device):
+    attn = make_scores(8, 8, std=150.0, dtype=torch.float16, seed=2, device=device)
     _, (gradient,) = loss_and_gradients(lambda x: cuda(x, 8), attn)
     _, (expected,) = loss_and_gradients(lambda x: cacr_closed_form(x, 8), attn.double())
     assert torch.isinf(expected.half()).any()
@@ -174,12 +185,12 @@ def test_half_precision_gradient_overflows_to_infinity(emulated):
 
 
 @pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded", "heads last"])
-def test_layouts(emulated, layout):
+def test_layouts(device, layout):
     attn = {
-        "transposed": lambda: make_scores(9, 12, batch=2, heads=2).mT,
-        "sliced": lambda: make_scores(11, 13, batch=2, heads=2)[..., 1:22, 2:23],
-        "expanded": lambda: make_scores(9, 12, heads=1).expand(3, 2, 21, 21),
-        "heads last": lambda: make_scores(9, 12, batch=2, heads=21).movedim(1, -1)[:, 0:2],
+        "transposed": lambda: make_scores(9, 12, batch=2, heads=2, device=device).mT,
+        "sliced": lambda: make_scores(11, 13, batch=2, heads=2, device=device)[..., 1:22, 2:23],
+        "expanded": lambda: make_scores(9, 12, heads=1, device=device).expand(3, 2, 21, 21),
+        "heads last": lambda: make_scores(9, 12, batch=2, heads=21, device=device).movedim(1, -1)[:, 0:2],
     }[layout]()
     agree(attn[..., :21, :21], 9, 2e-5)
 
@@ -189,8 +200,9 @@ VALID = [[1, 5, 8, 20], [20, 7, 2, 11], [0, 0, 4, 9], [3, 9, 12, 20], [2, 4, 6, 
 INVALID = [[30, 4, 0, 5], [-1, 3, 9, 9], [0, 4, 3, 9], [0, 10, 10, 5], [0, 3, 2**31 - 1, 20], [-(2**31), 2, 5, -3]]
 
 
-def problem_of(table, kind="scores", bounds=(9, 20)):
-    return (torch.tensor(table, dtype=torch.int32), 0, bounds[0], 0, bounds[1], kind, *OPTIONS)
+def problem_of(table, kind, bounds, device):
+    """Arguments of the operators after the tensors: the public functions refuse invalid spans that they can see."""
+    return (torch.tensor(table, dtype=torch.int32, device=device), 0, bounds[0], 0, bounds[1], kind, *OPTIONS)
 
 
 def forward_and_backward(inputs, problem):
@@ -200,18 +212,20 @@ def forward_and_backward(inputs, problem):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_span_tables_with_empty_and_invalid_examples(emulated, kind):
+def test_span_tables_with_empty_and_invalid_examples(device, kind):
     """Nothing outside the spans is read (NaN there) or given a gradient; an invalid example is NaN throughout."""
     n_valid = len(VALID)
-    attn = make_scores(12, 20, batch=n_valid + len(INVALID), heads=2, std=0.5, seed=4)
+    attn = make_scores(12, 20, batch=n_valid + len(INVALID), heads=2, std=0.5, seed=4, device=device)
     attn = attn.softmax(-1) if kind == "probs" else attn
-    inside = torch.zeros(len(attn), 32, dtype=torch.bool)
+    inside = torch.zeros(len(attn), 32, dtype=torch.bool, device=device)
     for example, (text, n_text, vision, n_vision) in enumerate(VALID):
         inside[example, text : text + n_text] = inside[example, vision : vision + n_vision] = True
     inside = (inside[:, None, :, None] & inside[:, None, None, :]).expand_as(attn)
-    loss, (gradient,) = forward_and_backward([attn.masked_fill(~inside, NAN)], problem_of(VALID + INVALID, kind))
+    problem = problem_of(VALID + INVALID, kind, (9, 20), device)
+    loss, (gradient,) = forward_and_backward([attn.masked_fill(~inside, NAN)], problem)
 
-    spans = dict(zip(("text_start", "n_text", "vision_start", "n_vision"), torch.tensor(VALID).T, strict=True))
+    table = torch.tensor(VALID, device=device)
+    spans = dict(zip(("text_start", "n_text", "vision_start", "n_vision"), table.T, strict=True))
     expected, (expected_gradient,) = loss_and_gradients(
         lambda x: cacr_closed_form(x, **spans, kind=kind, reduction="none"), attn[:n_valid].double()
     )
@@ -225,14 +239,14 @@ def test_span_tables_with_empty_and_invalid_examples(emulated, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_four_blocks_with_a_span_table(emulated, kind):
+def test_four_blocks_with_a_span_table(device, kind):
     """Spans of separate blocks may overlap as numbers; a table that leaves a block is invalid."""
     table = [[2, 5, 0, 13], [0, 7, 3, 9], [1, 7, 0, 13]]
     shapes = [(7, 7), (7, 13), (13, 7), (13, 13)]
-    blocks = [make_scores(r, c, batch=3, heads=2, std=0.5)[..., :r, -c:] for r, c in shapes]
+    blocks = [make_scores(r, c, batch=3, heads=2, std=0.5, device=device)[..., :r, -c:] for r, c in shapes]
     blocks = [b.softmax(-1) if kind == "probs" else b for b in blocks]
-    loss, gradients = forward_and_backward(blocks, problem_of(table, kind, (7, 13)))
-    spans = Spans(0, 7, 0, 13, torch.tensor(table[:2], dtype=torch.int32))
+    loss, gradients = forward_and_backward(blocks, problem_of(table, kind, (7, 13), device))
+    spans = Spans(0, 7, 0, 13, torch.tensor(table[:2], dtype=torch.int32, device=device))
     expected, expected_gradients = loss_and_gradients(
         lambda *x: scores_reference(list(x), spans, Options(kind=kind)), *(b[:2].double() for b in blocks)
     )
@@ -243,8 +257,8 @@ def test_four_blocks_with_a_span_table(emulated, kind):
         assert gradient[2].isnan().all()
 
 
-def test_four_blocks_without_spans(emulated):
-    attn = make_scores(6, 70, batch=2, std=0.4, seed=9)
+def test_four_blocks_without_spans(device):
+    attn = make_scores(6, 70, batch=2, std=0.4, seed=9, device=device)
     blocks = [attn[..., :6, :6], attn[..., :6, 6:], attn[..., 6:, :6], attn[..., 6:, 6:]]
     loss, gradients = loss_and_gradients(lambda *x: fused_cacr_blocks(*x, backend="cuda"), *blocks)
     whole, (gradient,) = loss_and_gradients(lambda x: cuda(x, 6), attn)
@@ -253,24 +267,26 @@ def test_four_blocks_without_spans(emulated):
 
 
 @pytest.mark.parametrize("mean", [-3.0, 3.0])
-def test_a_common_offset_of_the_scores_costs_no_precision(emulated, mean):
-    agree(make_scores(12, 36, std=1.0, mean=mean, seed=5), 12, 1e-5)
+def test_a_common_offset_of_the_scores_costs_no_precision(device, mean):
+    agree(make_scores(12, 36, std=1.0, mean=mean, seed=5, device=device), 12, 1e-5)
 
 
-def test_congruent_attention_has_zero_loss_and_gradient(emulated):
-    loss, (gradient,) = loss_and_gradients(lambda x: cuda(x, 33), make_scores(33, 33, pattern="congruent"))
+def test_congruent_attention_has_zero_loss_and_gradient(device):
+    loss, (gradient,) = loss_and_gradients(
+        lambda x: cuda(x, 33), make_scores(33, 33, pattern="congruent", device=device)
+    )
     assert loss == 0
     assert (gradient == 0).all()
 
 
-def test_loss_of_the_loop(emulated):
-    attn = make_scores(5, 7, batch=2, heads=2, std=0.7)
+def test_loss_of_the_loop(device):
+    attn = make_scores(5, 7, batch=2, heads=2, std=0.7, device=device)
     assert relative_error(cuda(attn, 5, reduction="none"), cacr_loop(attn, 5, reduction="none")) < 1e-5
 
 
-def test_grad_loss_of_any_stride_and_empty_batch(emulated):
-    attn = make_scores(4, 5, batch=2, heads=3)
-    weights = torch.linspace(-1, 2, 6).view(3, 2).mT
+def test_grad_loss_of_any_stride_and_empty_batch(device):
+    attn = make_scores(4, 5, batch=2, heads=3, device=device)
+    weights = torch.linspace(-1, 2, 6, device=device).view(3, 2).mT
     gradients = [
         loss_and_gradients(lambda x, b=b: fused_cacr(x, 4, reduction="none", backend=b) * weights, attn)[1][0]
         for b in ("cuda", "reference")
@@ -279,11 +295,22 @@ def test_grad_loss_of_any_stride_and_empty_batch(emulated):
     assert cuda(attn[:0], 4) == 0
 
 
-def test_the_order_of_threads_and_blocks_does_not_change_a_bit(emulated):
-    attn = make_input("softmax", 35, 66, batch=2, std=0.5)
+def test_offsets_beyond_32_bits(device):
+    """Rows 2^29 elements apart: the last one starts at 2^31. On the CPU, untouched memory costs nothing."""
+    storage = torch.empty((1 << 31) + 64, dtype=torch.float16, device=device)
+    attn = storage.as_strided((1, 1, 5, 5), (0, 0, 1 << 29, 7))
+    attn.copy_(make_scores(2, 3, seed=3))
+    loss, (gradient,) = forward_and_backward([attn], (None, 0, 2, 2, 3, "scores", *OPTIONS))
+    expected, (expected_gradient,) = forward_and_backward([attn.clone()], (None, 0, 2, 2, 3, "scores", *OPTIONS))
+    assert torch.equal(loss, expected)
+    assert torch.equal(gradient, expected_gradient)
+
+
+def test_no_order_of_threads_and_blocks_changes_a_bit(device, emulated_order):
+    attn = make_input("softmax", 35, 66, batch=2, std=0.5, device=device)
     results = []
     for seed in range(3):
-        emulated.configure(seed)
+        emulated_order(seed)
         loss, (gradient,) = loss_and_gradients(lambda x: cuda(x, 35, kind="softmax"), attn)
         results.append((loss, gradient))
     assert all(torch.equal(loss, results[0][0]) and torch.equal(g, results[0][1]) for loss, g in results[1:])
