@@ -76,8 +76,9 @@ def starting_point(path: str | Path) -> tuple[Path, UniterConfig | None]:
     folder = path if (path / SIZES).is_file() else newest(path / "checkpoints")
     if folder is not None:
         return folder / MODEL, UniterConfig.from_json(folder / SIZES)
-    if path.is_dir():
-        raise UserError(f"model.checkpoint {path} holds no checkpoint: give a run's folder or a weights file")
+    if not path.is_file():
+        problem = "holds no checkpoint" if path.is_dir() else "does not exist"
+        raise UserError(f"model.checkpoint {path} {problem}: give a run's folder or a local weights file")
     return path, None
 
 

@@ -167,25 +167,36 @@ def _kept(model: UniterForRetrieval, config: TrainConfig, batch: Batch) -> int:
     mixed = torch.autocast("cpu", AUTOCAST[precision]) if precision != "fp32" else contextlib.nullcontext()
     was_training = model.training
     model.train()
-    with _attention_dropout_off(model), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), mixed:
+    with _dropout_masks(model) as masks, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), mixed:
         output = model(batch)
         loss = matching_loss(output.rank_scores[None].expand(1, -1), config.loss).sum()
     model.train(was_training)
     del loss
-    return sum(size for size, _ in found.values())
+    return sum(size for size, _ in found.values()) + sum(masks)
 
 
 @contextlib.contextmanager
-def _attention_dropout_off(model: UniterForRetrieval) -> Iterator[None]:
-    """The CPU's fused attention has no dropout and would keep probabilities, which a GPU's does not."""
-    modules = [m.dropout for m in model.modules() if hasattr(m, "split_heads") and isinstance(m.dropout, nn.Dropout)]
+def _dropout_masks(model: UniterForRetrieval) -> Iterator[list[int]]:
+    """Switches dropout off and lists the bytes of the masks it would keep on a GPU, one for each number.
+
+    On the CPU dropout keeps whole floats, and attention with dropout keeps its probabilities.
+    """
+    masks: list[int] = []
+    modules = [module for module in model.modules() if isinstance(module, nn.Dropout) and module.p > 0]
     before = [module.p for module in modules]
+
+    def count(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+        if torch.is_grad_enabled():
+            masks.append(output.numel())
+
+    hooks = [module.register_forward_hook(count) for module in modules]
     for module in modules:
         module.p = 0.0
     try:
-        yield
+        yield masks
     finally:
-        for module, p in zip(modules, before, strict=True):
+        for hook, module, p in zip(hooks, modules, before, strict=True):
+            hook.remove()
             module.p = p
 
 

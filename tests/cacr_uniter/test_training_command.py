@@ -1,0 +1,248 @@
+"""``cacr train`` from the outside: presets and fields, databases on disk, one sentence for every mistake."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from cacr_uniter.cli import main
+from cacr_uniter.data.lmdb import ImageDBWriter, TextDBWriter
+from cacr_uniter.errors import UserError
+from cacr_uniter.training import TrainConfig, train
+from cacr_uniter.training.build import build_model, model_config
+from cacr_uniter.training.checks import check
+from cacr_uniter.training.command import load_config, presets
+from cacr_uniter.training.plan import make_plan
+from cacr_uniter.training.sizes import parse_size, show_size
+from cacr_uniter.training.testing import SMALL, VOCABULARY, numbers, small_config, synthetic_source
+
+
+@pytest.fixture(scope="module")
+def databases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The synthetic pairs in the published formats, under the folder names of a scene data set."""
+    root = tmp_path_factory.mktemp("data")
+    source = synthetic_source()
+    special = {"UNK": 1, "CLS": 2, "SEP": 3, "MASK": 4}
+    for split in ("train", "val"):
+        with TextDBWriter(root / "txt" / f"{split}.db", special, VOCABULARY, "vocab") as texts:
+            for caption, (row, size) in enumerate(zip(source.texts.tolist(), source.n_text, strict=True)):
+                texts.write(str(caption), row[1 : size + 1], f"{source.image_of[caption]}.npz")
+    with ImageDBWriter(root / "img", dtype="float32") as images:
+        for image, size in enumerate(source.n_regions):
+            norm_bb = source.boxes[image, :size, :6].numpy()
+            images.write(f"{image}.npz", source.features[image, :size].numpy(), norm_bb)
+    return root
+
+
+def arguments(root: Path, out: Path, **fields: Any) -> list[str]:
+    """Command line of a small run."""
+    values = SMALL | {"run.out": str(out), "data.scenes": str(root), "optim.steps": 3}
+    values |= {name.replace("__", "."): value for name, value in fields.items()}
+    return ["train", "--progress", "false", *(word for k, v in values.items() for word in (f"--{k}", str(v)))]
+
+
+def records(out: Path) -> list[dict[str, Any]]:
+    return numbers([json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()])
+
+
+def test_the_command_trains_on_databases(databases: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments(databases, tmp_path / "run", run__validate_every=3)) == 0
+    assert "finished after 3 steps" in capsys.readouterr().out
+    assert [record["event"] for record in records(tmp_path / "run")] == ["train"] * 3 + ["validation"]
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert saved["optim"]["lr"] == 1e-3
+    assert main(["train", "--progress", "false", "--config", str(tmp_path / "run" / "config.yaml")]) == 0
+
+
+def test_memory_and_disk_give_the_same_run(databases: Path, tmp_path: Path) -> None:
+    for cache in ("memory", "disk"):
+        assert main(arguments(databases, tmp_path / cache, data__cache=cache, data__workers=2)) == 0
+    assert records(tmp_path / "memory") == records(tmp_path / "disk")
+
+
+def test_training_goes_on_from_an_earlier_run(databases: Path, tmp_path: Path) -> None:
+    assert main(arguments(databases, tmp_path / "one")) == 0
+    second = arguments(databases, tmp_path / "two", model__checkpoint=str(tmp_path / "one"), optim__lr=1e-30)
+    sizes = ("model.hidden_size", "model.num_hidden_layers", "model.num_attention_heads", "model.intermediate_size")
+    for name in sizes:
+        at = second.index(f"--{name}")
+        del second[at : at + 2]
+    assert main(second) == 0
+    paths = [tmp_path / run / "checkpoints/step-00000003/model.safetensors" for run in ("one", "two")]
+    from safetensors.torch import load_file
+
+    one, two = (load_file(path) for path in paths)
+    torch.testing.assert_close(one, two, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--optim.lr", "fast"], "optim.lr"),
+        (["--optim.speed", "1"], "optim.speed"),
+        (["--aux.loss", "cacrr"], "aux.loss"),
+        (["--preset", "flickr"], "no preset 'flickr': there are aux-cacr"),
+        (["--preset"], "--preset needs a name"),
+        (["--config", "/nowhere/x.yaml"], "/nowhere/x.yaml"),
+        (["--data.scenes", "/nowhere"], "data.scenes /nowhere is no folder"),
+        (["--data.text", "/nowhere/t.db", "--data.images", "/nowhere/i"], "/nowhere/t.db"),
+        ([], "no training data: give data.scenes"),
+        (["--optim.steps", "0"], "optim.steps is 0"),
+        (["--optim.lr", ".nan"], "optim.lr is nan"),
+        (["--optim.warmup", "9999"], "optim.warmup is 9999"),
+        (["--model.dropout", "1"], "model.dropout is 1"),
+        (["--batch.pool", "3"], "batch.pool is 3"),
+        (["--batch.pairs_per_forward", "31"], "batch.pairs_per_forward is 31"),
+        (["--run.precision", "fp16", "--run.device", "cpu"], "run.precision fp16 needs a GPU"),
+        (["--run.memory_limit", "lots", "--run.device", "cpu"], "run.memory_limit is 'lots'"),
+        (["--run.threads", "0"], "run.threads is 0"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_status_2(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *words]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert "Traceback" not in captured.err
+    assert captured.err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"batch__pool": 39}, "39 negatives are wanted of 38 captions of other images"),
+        ({"model__vocab_size": 20}, "model.vocab_size is 20, the captions use a vocabulary of 30"),
+        ({"model__img_dim": 2048}, "model.img_dim is 2048, the region features have 12 numbers"),
+        ({"model__hidden_size": 15}, "hidden_size"),
+        ({"model__freeze_layers": 3}, "model.freeze_layers"),
+        ({"model__checkpoint": "/nowhere.pt"}, "/nowhere.pt"),
+        ({"data__max_text": 1}, "no caption of at most 1 word pieces"),
+        ({"data__cache": "memory", "data__cache_limit": "1kB"}, "data.cache memory needs"),
+        ({"run__resume": "/nowhere"}, "/nowhere is no checkpoint"),
+    ],
+)
+def test_data_and_model_must_fit(
+    databases: Path, tmp_path: Path, fields: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments(databases, tmp_path / "run", **fields)) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_pickled_checkpoint_is_not_run(databases: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Bomb:
+        def __reduce__(self) -> Any:
+            return (Path.mkdir, (tmp_path / "ran",))
+
+    torch.save({"model": Bomb()}, tmp_path / "bad.pt")
+    assert main(arguments(databases, tmp_path / "run", model__checkpoint=tmp_path / "bad.pt", model__img_dim=12)) == 2
+    assert "never run" in capsys.readouterr().err
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_full_vocabulary_is_reported_by_the_library(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.scenes stands for"):
+        train(load_config(None, ["--data.scenes", str(tmp_path), "--data.text", "x", "--run.device", "cpu"]))
+
+
+@pytest.mark.parametrize("name", [name for name in presets() if not name.startswith("aux-")])
+@pytest.mark.parametrize("aux", [name for name in presets() if name.startswith("aux-")])
+def test_presets_combine_and_are_valid(name: str, aux: str) -> None:
+    config = load_config(name, ["--preset", aux])
+    check(config)
+    assert config.aux.loss == aux.removeprefix("aux-")
+    if name.startswith("flickr"):
+        assert (config.batch.pool, config.batch.negatives, config.batch.mining) == (399, 31, "hard")
+        assert (config.optim.lr, config.optim.steps, config.optim.warmup, config.optim.clip) == (5e-5, 5000, 500, 2.0)
+        assert config.model.freeze_layers == (12 if name == "flickr-large" else 0)
+
+
+def test_defaults_are_the_published_recipe() -> None:
+    config = TrainConfig()
+    assert (config.optim.betas, config.optim.eps, config.optim.weight_decay) == ((0.9, 0.98), 1e-6, 0.01)
+    assert (config.loss.margin, config.batch.negatives, config.batch.pool, config.data.max_text) == (0.2, 31, 399, 60)
+    assert (config.aux.kind, config.aux.heads, config.aux.sides, config.aux.schedule) == (
+        "probs",
+        "mean",
+        "both",
+        "exp",
+    )
+    check(config)
+
+
+def test_sizes() -> None:
+    assert [parse_size(text, "x") for text in ("11GB", "11GiB", "1.5 kB", "7")] == [11 * 10**9, 11 * 2**30, 1500, 7]
+    assert [show_size(size) for size in (12, 11_000, 2.5e9, 3e12)] == ["12 B", "11.0 kB", "2.5 GB", "3000.0 GB"]
+    for text in ("", "GB", "-1GB", "0", "1.2.3GB", "11 gigs"):
+        with pytest.raises(UserError, match="x is"):
+            parse_size(text, "x")
+
+
+def test_the_plan_counts_what_autograd_keeps(tmp_path: Path) -> None:
+    """float32: what the layers keep by their formulas; embeddings and the last layer's single row are the rest."""
+    config = small_config(tmp_path, model__hidden_size=64, model__num_hidden_layers=6, model__intermediate_size=256)
+    model, _ = build_model(config.model, model_config(config.model, VOCABULARY, 12), 0)
+    plan = make_plan(model, config, text=10, regions=20)
+    count = sum(p.numel() for p in model.parameters())
+    assert plan.weights == 4 * count
+    assert plan.moments == 2 * plan.gradients
+    assert plan.weights - plan.gradients == 4 * (2 * 64 + 2 + 2 * 12)  # two-way head, mask embedding
+    h, f, tokens, whole_layers = 64, 256, 30, 5
+    layer = 4 * (2 * h + 2 * h + 3 * h + h + 2 * f) + 2 * h  # norms, linear inputs, q k v, context, FFN; dropout masks
+    assert plan.per_pair == pytest.approx(tokens * whole_layers * layer, rel=0.15)
+    frozen = small_config(
+        tmp_path,
+        model__hidden_size=64,
+        model__num_hidden_layers=6,
+        model__intermediate_size=256,
+        model__freeze_layers=3,
+    )
+    model, _ = build_model(frozen.model, model_config(frozen.model, VOCABULARY, 12), 0)
+    half = make_plan(model, frozen, text=10, regions=20)
+    assert half.per_pair == pytest.approx(tokens * 2 * layer, rel=0.25)
+    assert half.largest(half.peak(40)) == 40
+    assert half.largest(half.fixed) == 0
+
+
+def test_plan_from_the_command(databases: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*arguments(databases, tmp_path / "run", run__memory_limit="11GB"), "--plan"]) == 0
+    shown = capsys.readouterr().out
+    assert "8 text columns and 5 regions" in shown
+    assert "hold batch.pairs_per_forward up to" in shown
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_plan_is_near_the_measured_peak(tmp_path: Path, precision: str) -> None:
+    from cacr_uniter.training.testing import small_run
+
+    fields = {
+        "run__device": "cuda",
+        "run__precision": precision,
+        "model__hidden_size": 768,
+        "model__num_hidden_layers": 12,
+        "model__num_attention_heads": 12,
+        "model__intermediate_size": 3072,
+        "batch__pairs_per_forward": 512,
+        "batch__anchors": 64,
+        "batch__mining": "random",
+        "optim__steps": 3,
+    }
+    config = small_config(tmp_path, **fields)
+    model, _ = build_model(config.model, model_config(config.model, VOCABULARY, 12), 0)
+    source = synthetic_source()
+    text, regions = int(np.max(source.n_text)) + 2, int(np.max(source.n_regions))
+    torch.cuda.reset_peak_memory_stats()
+    measured = small_run(config).history[-1]["memory"]
+    assert make_plan(model, config, text, regions).peak(512) == pytest.approx(measured, rel=0.15)
