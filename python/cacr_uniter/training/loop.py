@@ -30,13 +30,15 @@ Evaluation = Callable[[UniterForRetrieval, int], dict[str, float]]
 
 
 class StopRequest:
-    """Inside the block SIGINT and SIGTERM ask for a stop after the current step instead of ending the process."""
+    """Inside the block SIGINT and SIGTERM ask for a stop after the current step; a second SIGINT interrupts at once."""
 
     def __init__(self) -> None:
         self.wanted = False
         self._before: dict[int, Any] = {}
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.wanted and number == signal.SIGINT:
+            raise KeyboardInterrupt
         self.wanted = True
 
     def __enter__(self) -> StopRequest:
