@@ -46,6 +46,26 @@ def online_update(
     return m_x_new, l_x, a_x, m_y_new, l_y, a_y
 
 
+@triton.jit
+def store_rows(stats, spans, i_bh, is_text, o_m, mask_m, m_x, l_x, a_x, m_y, l_y, a_y, SOFTMAX: tl.constexpr):
+    """The numbers of a tile of rows, 0 beyond the span up to the spans' bound.
+
+    For kind "softmax" the cross block's maxima and sums of exp are there already.
+    """
+    rows = spans.n_text + spans.n_vision
+    mask = o_m < tl.where(is_text, spans.n_text, spans.n_vision)
+    p = stats + i_bh * 8 * rows + tl.where(is_text, 0, spans.n_text) + o_m
+    tl.store(p, tl.where(mask_m, m_x, 0.0), mask=mask)
+    tl.store(p + rows, tl.where(mask_m, l_x, 0.0), mask=mask)
+    tl.store(p + 2 * rows, tl.where(mask_m, m_y, 0.0), mask=mask)
+    tl.store(p + 3 * rows, tl.where(mask_m, l_y, 0.0), mask=mask)
+    tl.store(p + 4 * rows, tl.where(mask_m, a_x / l_x * 0.6931471805599453, 0.0), mask=mask)
+    tl.store(p + 5 * rows, tl.where(mask_m, a_y / l_y * 0.6931471805599453, 0.0), mask=mask)
+    if not SOFTMAX:
+        tl.store(p + 6 * rows, tl.zeros_like(m_x), mask=mask)
+        tl.store(p + 7 * rows, tl.zeros_like(m_x), mask=mask)
+
+
 @triton.jit(do_not_specialize=["spans", "n_tokens", "heads", "group", "tiles_text"])
 def qk_forward_kernel(
     q,  # Block [B, H, N, D]
@@ -74,7 +94,6 @@ def qk_forward_kernel(
     i_tile = tl.program_id(1)
     i_b = i_bh // heads
     i_h = i_bh % heads
-    rows = spans.n_text + spans.n_vision
     is_text = i_tile < tiles_text
     start, n, _, _ = open_rows(spans, i_b, is_text)
     first = tl.where(is_text, i_tile, i_tile - tiles_text) * BLOCK_M
@@ -119,19 +138,7 @@ def qk_forward_kernel(
         m_x, l_x, a_x, m_y, l_y, a_y = online_update(
             b_x + b_floor, b_y * y_scale + b_floor, m_x, l_x, a_x, m_y, l_y, a_y
         )
-
-    # rows beyond the span, up to the bound of the spans, hold zeros
-    mask_stats = o_m < tl.where(is_text, spans.n_text, spans.n_vision)
-    o_stats = stats + i_bh * 8 * rows + tl.where(is_text, 0, spans.n_text) + o_m
-    zero = tl.zeros([BLOCK_M], tl.float32)
-    tl.store(o_stats, tl.where(mask_m, m_x, zero), mask=mask_stats)
-    tl.store(o_stats + rows, tl.where(mask_m, l_x, zero), mask=mask_stats)
-    tl.store(o_stats + 2 * rows, tl.where(mask_m, m_y, zero), mask=mask_stats)
-    tl.store(o_stats + 3 * rows, tl.where(mask_m, l_y, zero), mask=mask_stats)
-    tl.store(o_stats + 4 * rows, tl.where(mask_m, a_x / l_x * 0.6931471805599453, zero), mask=mask_stats)
-    tl.store(o_stats + 5 * rows, tl.where(mask_m, a_y / l_y * 0.6931471805599453, zero), mask=mask_stats)
-    tl.store(o_stats + 6 * rows, zero, mask=mask_stats)
-    tl.store(o_stats + 7 * rows, zero, mask=mask_stats)
+    store_rows(stats, spans, i_bh, is_text, o_m, mask_m, m_x, l_x, a_x, m_y, l_y, a_y, False)
 
 
 @triton.jit(do_not_specialize=["spans", "heads"])

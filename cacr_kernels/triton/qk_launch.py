@@ -1,4 +1,8 @@
-"""Tile sizes, warps and dot precision of the query/key kernels, by kernel, architecture, dtype and head size."""
+"""Tile sizes, warps and dot precision of the query/key kernels, by kernel, architecture, dtype and head size.
+
+Every entry compiles ahead of time within the limits of its architecture (cacr_kernels.triton.qk_aot): at most 64 bytes
+spilled a thread, and the shared memory of the smallest chip of its column.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +12,23 @@ import torch
 
 #: tokens summed by one program of the Gram kernel; longer spans are summed in chunks, then over the chunks
 GRAM_CHUNK = 1024
+#: largest head size of the launch table
+LARGEST_HEAD = 256
 
 
 class Launch(NamedTuple):
-    """``m`` rows x ``n`` columns a tile; ``precision`` of the dots of float32 operands."""
+    """``m`` rows x ``n`` columns a tile; ``precision`` of the dots of float32 operands.
+
+    ``k``: chunk of a long contraction, ``o``: output columns of one program ("wide").
+    """
 
     m: int
     n: int
     warps: int
     stages: int
-    precision: str
+    precision: str = "tf32x3"
+    k: int = 32
+    o: int = 64
 
 
 def block_d(d: int) -> int:
@@ -25,11 +36,43 @@ def block_d(d: int) -> int:
     return max(16, 1 << (d - 1).bit_length())
 
 
+#: sm_80, sm_86, sm_89 share one column, within the 99 KB of shared memory of sm_86; rows: padded head size
+_AMPERE_16 = {
+    "forward": {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 2)},
+    "rows": {32: (64, 64, 4, 2), 64: (64, 32, 4, 2), 128: (64, 64, 8, 1), 256: (32, 32, 8, 2)},
+    "columns": {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 32, 8, 2), 256: (32, 32, 8, 2)},
+}
+_AMPERE_32 = {
+    "forward": {32: (64, 64, 8, 2), 64: (32, 64, 8, 1), 128: (32, 16, 8, 1)},
+    "rows": {32: (64, 32, 4, 2), 64: (32, 64, 8, 1), 128: (16, 32, 8, 1)},
+    "columns": {32: (32, 32, 4, 2), 64: (64, 32, 8, 2), 128: (32, 16, 8, 1)},
+}
+_HOPPER_16 = {
+    "forward": {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 2)},
+    "rows": {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 2)},
+    "columns": {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 2)},
+}
+_HOPPER_32 = {
+    "forward": {32: (64, 32, 4, 2), 64: (64, 32, 8, 2), 128: (32, 16, 8, 1)},
+    "rows": {32: (64, 32, 4, 2), 64: (64, 32, 8, 2), 128: (16, 32, 8, 1)},
+    "columns": {32: (32, 32, 4, 2), 64: (64, 32, 8, 2), 128: (32, 16, 8, 1)},
+}
+_TILES = {(8, 2): _AMPERE_16, (8, 4): _AMPERE_32, (9, 2): _HOPPER_16, (9, 4): _HOPPER_32}
+
+
 def launch(kernel: str, arch: int, dtype: torch.dtype, d: int) -> Launch:
-    """``kernel``: "forward", "rows", "columns", "gram", "mix" (D x D products), "tokens" (token rows times D x D).
+    """``kernel``: "forward", "rows", "columns"; "wide" (chunked contractions), "gram", "mix" (D x D), "tokens" (N x D).
 
     ``arch``: compute capability as 10 * major + minor; 0 is the interpreter.
     """
+    padded = block_d(d)
     if arch == 0:
-        return Launch(32, 32, 4, 1, "ieee")
-    return Launch(64, 64, 4, 2, "ieee")
+        return Launch(32, 32, 4, 1, "ieee", k=128, o=256)
+    if kernel == "wide":
+        return Launch(32, 32, 4, 1)
+    if kernel == "gram":
+        return Launch(64, 32, 4, 2)
+    if kernel in ("mix", "tokens"):
+        return Launch(32, 32, 8 if padded > 128 else 4, 2)
+    tiles = _TILES[min(arch // 10, 9), dtype.itemsize][kernel]
+    return Launch(*tiles[max(padded, 32)])

@@ -2,70 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 from torch import Tensor
 
 from ..problem import ROW_NUMBERS, Options, Spans
-from .common import Block, SpanArgs
 from .qk_backward import qk_columns_kernel, qk_rows_kernel
 from .qk_finish import qk_finish_k_kernel, qk_finish_q_kernel
-from .qk_forward import qk_forward_kernel, qk_loss_kernel
-from .qk_launch import GRAM_CHUNK, block_d, launch
+from .qk_forward import qk_forward_kernel
+from .qk_launch import GRAM_CHUNK
+from .qk_problem import LOG2_E, QKProblem, block, reduce_rows, wide_forward, wide_gradient
 from .qk_products import qk_chain_kernel, qk_gram_kernel, qk_mix_kernel, qk_project_kernel
-
-
-class QKProblem:
-    """Everything the launches of one call share: sizes, spans, flags of the inputs' dtype."""
-
-    def __init__(self, q: Tensor, k: Tensor, spans: Spans, options: Options, scale: float) -> None:
-        self.q, self.k, self.spans, self.options, self.scale = q, k, spans, options, scale
-        self.batch, self.heads, self.n, self.d = q.shape
-        self.key_heads = k.shape[1]
-        self.group = self.heads // max(self.key_heads, 1)
-        self.block_d = block_d(self.d)
-        self.arch = architecture(q.device)
-        self.pair = q.dtype != torch.float32
-        self.scaled = q.dtype == torch.float16
-        self.upcast = self.arch == 0 and q.dtype == torch.bfloat16
-        self.alpha = options.projection_scale * scale**3
-        self.grad_x = options.stop_gradient != "projection"
-        self.grad_y = options.stop_gradient != "target"
-        # block b is inner to the other side: text (0) is needed for the vision side, vision (1) for the text side
-        self.first_block = 0 if options.vision else 1
-        self.n_blocks = options.text + options.vision
-        self.span_args = SpanArgs(
-            spans.table, spans.text_start, spans.n_text, spans.vision_start, spans.n_vision, self.n, self.n, 1
-        )
-
-    def launch(self, kernel: str) -> Any:
-        return launch(kernel, self.arch, self.q.dtype, self.d)
-
-    def tiles(self, block: int) -> tuple[int, int]:
-        """Tiles of the text side, of both sides; a side not asked for has none."""
-        text = triton.cdiv(self.spans.n_text, block) if self.options.text else 0
-        return text, text + (triton.cdiv(self.spans.n_vision, block) if self.options.vision else 0)
-
-    def float32(self, *shape: int) -> Tensor:
-        return self.q.new_empty(shape, dtype=torch.float32)
-
-    def saved(self, *shape: int) -> Tensor:
-        """A result whose half for a side that is not asked for reads as zeros."""
-        return self.float32(*shape) if self.n_blocks == 2 else self.float32(*shape).zero_()
-
-
-def architecture(device: torch.device) -> int:
-    """10 * major + minor of the compute capability; 0 off the GPU, where kernels are interpreted."""
-    if device.type != "cuda":
-        return 0
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
-def block(x: Tensor) -> Block:
-    return Block(x, *x.stride())
+from .qk_wide import Factors
 
 
 def gram(problem: QKProblem, x: Tensor, y: Tensor, out: Tensor, first_block: int, square: bool) -> None:
@@ -163,54 +111,41 @@ def scores_qk_forward(
 ) -> tuple[Tensor, list[Tensor]]:
     """Loss [B, H] and the saved [stats [B, H, 8, n_text + n_vision], products [B, H, 2, 3, D, D]], all float32."""
     p = QKProblem(q, k, spans, options, scale)
-    tile = p.launch("forward")
     products = products_of(p)
     u_hi, u_lo, u_exp = project(p, products)
     stats = p.saved(p.batch, p.heads, ROW_NUMBERS, spans.n_text + spans.n_vision)
     loss = p.float32(p.batch, p.heads)
-    tiles_text, tiles = p.tiles(tile.m)
-    qk_forward_kernel[(p.batch * p.heads, tiles)](
-        block(q),
-        block(k),
-        u_hi,
-        u_lo,
-        u_exp,
-        stats,
-        p.span_args,
-        p.n,
-        p.heads,
-        p.group,
-        tiles_text,
-        scale * 1.4426950408889634,
-        D=p.d,
-        BLOCK_D=p.block_d,
-        BLOCK_M=tile.m,
-        BLOCK_N=tile.n,
-        PAIR=p.pair,
-        SCALED=p.scaled,
-        PRECISION=tile.precision,
-        UPCAST=p.upcast,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
+    if p.wide:
+        wide_forward(p, Factors(u_hi, None, None, None), stats, False)
+    else:
+        tile = p.launch("forward")
+        tiles_text, tiles = p.tiles(tile.m)
+        qk_forward_kernel[(p.batch * p.heads, tiles)](
+            block(q),
+            block(k),
+            u_hi,
+            u_lo,
+            u_exp,
+            stats,
+            p.span_args,
+            p.n,
+            p.heads,
+            p.group,
+            tiles_text,
+            scale * LOG2_E,
+            D=p.d,
+            BLOCK_D=p.block_d,
+            BLOCK_M=tile.m,
+            BLOCK_N=tile.n,
+            PAIR=p.pair,
+            SCALED=p.scaled,
+            PRECISION=tile.precision,
+            UPCAST=p.upcast,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
     reduce_rows(p, stats, loss)
     return loss, [stats, products] if needs_grad else []
-
-
-def reduce_rows(problem: QKProblem, stats: Tensor, loss: Tensor) -> None:
-    """loss [B, H] = sum over rows of E_p[d] - E_q[d]."""
-    p = problem
-    qk_loss_kernel[(p.batch * p.heads,)](
-        stats,
-        loss,
-        p.span_args,
-        p.heads,
-        BLOCK=1024,
-        TEXT=p.options.text,
-        VISION=p.options.vision,
-        ROW_MEAN=p.options.row_mean,
-        num_warps=4,
-    )
 
 
 def scores_qk_backward(
@@ -223,15 +158,35 @@ def scores_qk_backward(
     dq = p.float32(p.batch, p.heads, p.n, p.d)
     dk = torch.empty_like(dq) if p.grad_y else None
     du = torch.empty_like(dq) if p.grad_x else None
+    if p.wide:
+        factors = Factors(u_hi, None, du, dq)
+        wide_gradient(p, factors, stats, grad_loss, dk, columns=True, compact=False)
+        wide_gradient(p, factors, stats, grad_loss, dq, columns=False, compact=False)
+    else:
+        _tile_gradients(p, (u_hi, u_lo, u_exp), stats, grad_loss, du, dq, dk)
+    del u_hi, u_lo, u_exp
+    grad_cw = _chain(p, products, du) if du is not None else None
+    return finish(p, products, du, dq, dk, grad_cw)
+
+
+def _tile_gradients(
+    problem: QKProblem,
+    u: tuple[Tensor, Tensor | None, Tensor | None],
+    stats: Tensor,
+    grad_loss: Tensor,
+    du: Tensor | None,
+    dq: Tensor,
+    dk: Tensor | None,
+) -> None:
+    """du = dX Q_a, dq = dX^T U + c dY K_a, dk = c dY^T Q_a: the columns' kernel, then the rows', which adds to dq."""
+    p = problem
     for kernel, name, outputs in ((qk_columns_kernel, "columns", (dq, dk)), (qk_rows_kernel, "rows", (du, dq))):
         tile = p.launch(name)
         tiles_text, tiles = p.tiles(tile.n if name == "columns" else tile.m)
         kernel[(p.batch * p.heads, tiles)](
-            block(q),
-            block(k),
-            u_hi,
-            u_lo,
-            u_exp,
+            block(p.q),
+            block(p.k),
+            *u,
             stats,
             grad_loss,
             *outputs,
@@ -241,14 +196,14 @@ def scores_qk_backward(
             p.heads,
             p.group,
             tiles_text,
-            scale,
+            p.scale,
             D=p.d,
             BLOCK_D=p.block_d,
             BLOCK_M=tile.m,
             BLOCK_N=tile.n,
             GRAD_X=p.grad_x,
             GRAD_Y=p.grad_y,
-            ROW_MEAN=options.row_mean,
+            ROW_MEAN=p.options.row_mean,
             PAIR=p.pair,
             SCALED=p.scaled,
             PRECISION=tile.precision,
@@ -256,9 +211,6 @@ def scores_qk_backward(
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
-    del u_hi, u_lo, u_exp
-    grad_cw = _chain(p, products, du) if du is not None else None
-    return finish(p, products, du, dq, dk, grad_cw)
 
 
 def _chain(problem: QKProblem, products: Tensor, du: Tensor) -> Tensor:

@@ -36,6 +36,40 @@ def operand(x, UPCAST: tl.constexpr):
 
 
 @triton.jit
+def chunked_product(
+    left,  # row 0 of L [rows, width]
+    s_ln,
+    s_ld,
+    o_l,  # int64 [BLOCK_L] rows of L
+    mask_l,
+    right,  # row 0 of R [rows, width], of L's dtype
+    s_rn,
+    s_rd,
+    o_r,  # int64 [BLOCK_R]
+    mask_r,
+    width,
+    BLOCK_L: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """L R^T [BLOCK_L, BLOCK_R] in chunks of BLOCK_K columns."""
+    acc = tl.zeros([BLOCK_L, BLOCK_R], tl.float32)
+    for f in tl.range(0, width, BLOCK_K):
+        o_f = f + tl.arange(0, BLOCK_K)
+        mask_f = o_f < width
+        b_l = tl.load(
+            left + o_l[:, None] * s_ln + o_f[None, :] * s_ld, mask=mask_l[:, None] & mask_f[None, :], other=0.0
+        )
+        b_r = tl.load(
+            right + o_f[:, None] * s_rd + o_r[None, :] * s_rn, mask=mask_f[:, None] & mask_r[None, :], other=0.0
+        )
+        acc = tl.dot(operand(b_l, UPCAST), operand(b_r, UPCAST), acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
 def narrow(x, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
     """float32 x rounded to nearest even in DTYPE; the interpreter would cut the bits of bfloat16 off."""
     if UPCAST:
