@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from cacr_uniter.errors import UserError
 from cacr_uniter.training import checkpoint as checkpoints
 from cacr_uniter.training.checks import check
 from cacr_uniter.training.testing import small_config, small_run, synthetic_source
-from safetensors.torch import load_file
 
 FIELDS: dict[str, Any] = {
     "model__dropout": 0.0,

@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
+from cacr_kernels.reference import block_softmax, cacr_closed_form, iais_loss
 from cacr_uniter.data.batch import Batch
 from cacr_uniter.errors import UserError
 from cacr_uniter.model import UniterConfig, UniterForRetrieval
@@ -14,9 +17,6 @@ from cacr_uniter.training.checks import check
 from cacr_uniter.training.config import AuxConfig, LossConfig, TrainConfig
 from cacr_uniter.training.losses import AuxiliaryLoss, matching_loss
 from cacr_uniter.training.testing import VOCABULARY, synthetic_source
-from torch import Tensor
-
-from cacr_kernels.reference import block_softmax, cacr_closed_form, iais_loss
 
 
 def test_margin_loss_by_hand() -> None:

@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from cacr_uniter.errors import UserError
 from cacr_uniter.training import checkpoint as checkpoints
 from cacr_uniter.training.testing import numbers, small_config, small_run
-from safetensors.torch import load_file
 
 KILLED = -signal.SIGKILL
 

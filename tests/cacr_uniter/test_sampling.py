@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+
 from cacr_uniter.errors import UserError
 from cacr_uniter.training.sampling import Sampler, counter_generator, dropout_seed
 

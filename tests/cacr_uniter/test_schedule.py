@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+
 from cacr_uniter.training.schedule import auxiliary_weight, learning_rate
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from cacr_uniter.errors import UserError
 from cacr_uniter.training import checkpoint as checkpoints
 from cacr_uniter.training.build import build_accelerator, build_model, model_config
@@ -16,7 +18,6 @@ from cacr_uniter.training.optim import FlatGradients, build_optimizer, decayed, 
 from cacr_uniter.training.source import MemorySource, ahead
 from cacr_uniter.training.step import Stepper
 from cacr_uniter.training.testing import VOCABULARY, numbers, small_config, small_run, synthetic_source
-from safetensors.torch import load_file
 
 
 def make_stepper(out: Path, **fields: Any) -> Stepper:
@@ -302,6 +303,40 @@ def test_a_full_disk_under_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "run" / "log.part").symlink_to("/dev/full")
     with pytest.raises(UserError, match=r"log .* could not be written \(no space left on the device\)"):
         small_run(small_config(tmp_path / "run"))
+
+
+def test_bfloat16_trains_with_float32_weights_and_losses(tmp_path: Path) -> None:
+    common = {"model__initializer_range": 0.3, "batch__mining": "random", "optim__steps": 3}
+    result = small_run(small_config(tmp_path, run__precision="bf16", **common))
+    exact = small_run(small_config(tmp_path / "exact", **common))
+    assert {value.dtype for value in load_file(result.checkpoint_path / checkpoints.MODEL).values()} == {torch.float32}
+    for mixed, full in zip(result.history, exact.history, strict=True):
+        assert mixed["loss"] != full["loss"]
+        assert mixed["loss"] == pytest.approx(full["loss"], rel=0.05)
+        assert mixed["auxiliary"] == pytest.approx(full["auxiliary"], rel=0.05)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_gpu_trains_and_resumes(tmp_path: Path, precision: str, checkpointing: bool) -> None:
+    fields = {
+        "run__device": "cuda",
+        "run__precision": precision,
+        "model__activation_checkpointing": checkpointing,
+        "aux__backend": "auto",
+        "optim__steps": 12,
+    }
+    whole = small_run(small_config(tmp_path / "whole", **fields))
+    small_run(small_config(tmp_path / "parts", **fields))
+    for path in checkpoints.checkpoints(tmp_path / "parts" / "checkpoints")[1:]:
+        for file in path.iterdir():
+            file.unlink()
+        path.rmdir()
+    resumed = small_run(small_config(tmp_path / "parts", **fields))
+    assert resumed.finished
+    assert resumed.history[-1]["loss"] == pytest.approx(whole.history[-1]["loss"], rel=1e-3)
 
 
 @pytest.mark.gpu

@@ -101,9 +101,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         show_plan(_config(values))
         return 0
+    from accelerate import PartialState
+
     from cacr_uniter.training.trainer import train
 
     result = train(_config(values), progress=values["progress"])
+    if not PartialState().is_main_process:
+        return 0
     state = "finished" if result.finished else "stopped; the same command continues"
     print(f"{state} after {result.step} steps, {result.seconds:.0f} s: {result.checkpoint_path}")
     return 0

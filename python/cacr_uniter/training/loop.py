@@ -132,8 +132,10 @@ class Loop:
                 step + 1, f"matching loss {matching / groups:.4g}, auxiliary loss {auxiliary / groups:.4g}"
             )
         norm = self.stepper.gather()
-        if not math.isfinite(norm) and self.accelerator.scaler is None:
-            raise self._diverged(step + 1, f"gradient norm {norm:.4g}")
+        if not math.isfinite(norm):
+            if self.accelerator.scaler is None:
+                raise self._diverged(step + 1, f"gradient norm {norm:.4g}")
+            norm = 0.0  # fp16 overflow: the scaler skips the update
         self.stepper.update()
         self._sums = [a + b for a, b in zip(self._sums, (matching, auxiliary, first, groups, norm), strict=True)]
         done = step + 1
