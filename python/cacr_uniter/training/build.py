@@ -19,7 +19,7 @@ from cacr_uniter.training.sizes import parse_size, show_size
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 SIZE_FIELDS = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
-    *("vocab_size", "img_dim"),
+    *("vocab_size", "img_dim", "initializer_range"),
 )
 
 

@@ -61,6 +61,8 @@ def check(config: TrainConfig, processes: int = 1) -> None:
             f"batch.pool is {batch.pool}, less than batch.negatives {batch.negatives}: give a larger pool, or "
             "batch.mining random"
         )
+    if batch.contrasts and batch.mining != "shared":
+        raise UserError(f"batch.contrasts with batch.mining {batch.mining}: they need batch.mining shared")
     if batch.pairs_per_forward < batch.negatives + 1:
         raise UserError(
             f"batch.pairs_per_forward is {batch.pairs_per_forward}, less than one group of {batch.negatives + 1} "

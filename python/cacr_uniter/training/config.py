@@ -58,6 +58,7 @@ class ModelConfig:
             none starts from random weights.
         hidden_size, num_hidden_layers, num_attention_heads, intermediate_size: replace those of ``size``.
         vocab_size, img_dim: replace those of ``size``; by default the data says.
+        initializer_range: deviation of random weights, replaces that of ``size``; small models need more than 0.02.
         dropout: probability of every dropout.
         freeze_layers: the embeddings and the first so many layers are not trained, and no activation is kept for them;
             0 trains everything.
@@ -72,6 +73,7 @@ class ModelConfig:
     intermediate_size: int | None = None
     vocab_size: int | None = None
     img_dim: int | None = None
+    initializer_range: float | None = None
     dropout: float = 0.1
     freeze_layers: int = 0
     activation_checkpointing: bool = False
@@ -87,7 +89,10 @@ class BatchConfig:
         halves: ``both`` is the published recipe: image-anchored groups (one image, captions compete) and text-anchored
             groups (one caption, images compete).
         negatives: negatives per matched pair that get a gradient.
-        mining: ``hard`` scores a pool without gradient and keeps the highest; ``random`` draws the negatives.
+        mining: ``hard`` scores a pool without gradient and keeps the highest; ``random`` draws the negatives;
+            ``shared`` makes the step's matched pairs each other's negatives, which is what random weights need.
+        contrasts: with ``shared``, draw the matched pairs as contrasts (scene sets have them), each other's first
+            negative.
         pool: size of that pool, without the matched pair.
         pairs_per_forward: upper bound of the pairs in one forward with gradient (whole groups).
         score_chunk: pairs in one forward without gradient.
@@ -96,7 +101,8 @@ class BatchConfig:
     anchors: int = 8
     halves: Literal["both", "image", "text"] = "both"
     negatives: int = 31
-    mining: Literal["hard", "random"] = "hard"
+    mining: Literal["hard", "random", "shared"] = "hard"
+    contrasts: bool = False
     pool: int = 399
     pairs_per_forward: int = 32
     score_chunk: int = 400

@@ -14,6 +14,7 @@ from cacr_uniter.data.text_db import TextDB
 from cacr_uniter.errors import UserError
 from cacr_uniter.training.config import DataConfig
 from cacr_uniter.training.sampling import Indices
+from cacr_uniter.training.shared import Contrast, read_contrasts
 from cacr_uniter.training.sizes import parse_size, show_size
 from cacr_uniter.training.source import MemorySource, PairSource
 
@@ -36,6 +37,10 @@ class DatasetSource:
     def batch(self, captions: Indices, images: Indices) -> Batch:
         ids, names = self.dataset.caption_ids, self.dataset.image_names
         return self.dataset.batch([(ids[c], names[i]) for c, i in zip(captions.tolist(), images.tolist(), strict=True)])
+
+    def contrasts(self) -> list[Contrast]:
+        dataset = self.dataset
+        return read_contrasts(dataset.text_db.folder, dataset.caption_ids, dataset.image_names)
 
     def memory_bytes(self) -> int:
         """Size of the padded tensors of ``MemorySource``."""

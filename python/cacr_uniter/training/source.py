@@ -12,6 +12,7 @@ import torch
 
 from cacr_uniter.data.batch import Batch
 from cacr_uniter.training.sampling import Indices
+from cacr_uniter.training.shared import Contrast
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -35,6 +36,9 @@ class PairSource(Protocol):
     def batch(self, captions: Indices, images: Indices) -> Batch:
         """The pairs (captions[i], images[i]), padded to the longest of them."""
 
+    def contrasts(self) -> list[Contrast]:
+        """Pairs of images with captions that are true of one and false of the other."""
+
 
 class MemorySource:
     """Captions and images as padded tensors: a batch is seven ``index_select``.
@@ -46,6 +50,7 @@ class MemorySource:
         boxes: [images, R, 7] float32.
         n_regions: [images].
         image_of: image number of every caption.
+        contrasts: where they are read from when they are asked for.
     """
 
     workers = 0
@@ -58,7 +63,9 @@ class MemorySource:
         boxes: torch.Tensor,
         n_regions: Indices,
         image_of: Indices,
+        contrasts: Callable[[], list[Contrast]] = list,
     ) -> None:
+        self.contrasts = contrasts
         self.texts, self.features, self.boxes = texts, features, boxes
         self.n_text, self.n_regions = n_text, n_regions
         self.image_of, self.n_images, self.img_dim = image_of, len(features), features.shape[-1]
@@ -101,6 +108,7 @@ class MemorySource:
             boxes=_stack([x.boxes for x in images]),
             n_regions=np.concatenate([x.n_regions.numpy() for x in images]).astype(np.int64),
             image_of=source.image_of,
+            contrasts=source.contrasts,
         )
 
 

@@ -18,6 +18,7 @@ from cacr_uniter.training.losses import AuxiliaryLoss, matching_loss
 from cacr_uniter.training.optim import FlatGradients
 from cacr_uniter.training.sampling import Group, Sampler, dropout_seed
 from cacr_uniter.training.schedule import auxiliary_weight, learning_rate
+from cacr_uniter.training.shared import SharedSampler
 from cacr_uniter.training.source import PairSource, ahead
 
 
@@ -34,13 +35,15 @@ class Portion:
         step: optimizer step, from 0.
         last: whether the step ends with it.
         groups: G groups of equally many pairs.
-        batch: their pairs, group after group [G * pairs].
+        batch: their pairs, each once where groups share them.
+        rows: where the pairs stand in `batch`, group after group [G * pairs].
     """
 
     step: int
     last: bool
     groups: list[Group]
     batch: Batch
+    rows: Tensor
 
 
 class Stepper:
@@ -69,7 +72,12 @@ class Stepper:
         self.config, self.source, self.accelerator = config, source, accelerator
         self.hard = config.batch.mining == "hard" and config.batch.pool > config.batch.negatives
         draws = config.batch.pool if self.hard else config.batch.negatives
-        self.sampler = Sampler(source.image_of, source.n_images, config.run.seed, config.batch.anchors, draws)
+        common = (source.image_of, source.n_images, config.run.seed, config.batch.anchors, draws)
+        self.sampler: Sampler | SharedSampler
+        if config.batch.mining == "shared":
+            self.sampler = SharedSampler(*common, contrasts=source.contrasts() if config.batch.contrasts else None)
+        else:
+            self.sampler = Sampler(*common)
         self.halves = halves_of(config)
         self.auxiliary = None if config.aux.loss == "none" else AuxiliaryLoss(config.aux)
         self.attention = LayerAttention(model, [] if self.auxiliary is None else config.aux.layers)
@@ -91,7 +99,11 @@ class Stepper:
         step, last, groups = plan
         captions = np.concatenate([group.captions for group in groups])
         images = np.concatenate([group.images for group in groups])
-        return Portion(step, last, groups, self.source.batch(captions, images))
+        rows = np.arange(len(captions))
+        if self.config.batch.mining == "shared":
+            pairs, rows = np.unique(np.stack([captions, images]), axis=1, return_inverse=True)
+            captions, images = pairs
+        return Portion(step, last, groups, self.source.batch(captions, images), torch.from_numpy(rows))
 
     def begin(self, step: int) -> None:
         """Sets what a step (from 0) depends on: dropout's generator and the learning rate; clears gradients."""
@@ -105,18 +117,19 @@ class Stepper:
     def backward(self, portion: Portion) -> Tensor:
         """Adds a portion's gradients. Returns the sums (matching, auxiliary, matched pairs ranked first, groups)."""
         batch = portion.batch.to(self.accelerator.device, non_blocking=True)
+        rows = portion.rows.to(self.accelerator.device)
         if self.hard:
-            batch = self._mine(batch, len(portion.groups))
+            batch, rows = self._mine(batch, len(portion.groups)), rows[: len(portion.groups) * self.size]
         config = self.config
         with self.accelerator.autocast(), self.attention.watch():
             output = self.model(batch)
-        scores = output.rank_scores.view(-1, self.size)
+        scores = output.rank_scores[rows].view(-1, self.size)
         matching = matching_loss(scores, config.loss).sum()
         total = matching / config.batch.anchors
         congruence = matching.new_zeros(())
         weight = self.auxiliary_factor(portion.step)
         if self.auxiliary is not None:
-            congruence = self._auxiliary(portion.groups, batch, output.last_input)
+            congruence = self._auxiliary(portion.groups, rows[:: self.size], batch, output.last_input)
             total = total + weight / config.batch.anchors * congruence
         self.accelerator.backward(total)
         self.attention.forget()
@@ -162,16 +175,16 @@ class Stepper:
             ]
         return torch.cat(parts)
 
-    def _auxiliary(self, groups: list[Group], batch: Batch, last_input: Tensor) -> Tensor:
-        """Sum of the auxiliary loss over the matched pairs (row 0 of every group)."""
+    def _auxiliary(self, groups: list[Group], matched: Tensor, batch: Batch, last_input: Tensor) -> Tensor:
+        """Sum of the auxiliary loss over the groups' matched pairs, which stand at the rows `matched` [G]."""
         assert self.auxiliary is not None
-        rows: dict[Half, list[int]] = {}
+        numbers: dict[Half, list[int]] = {}
         for number, group in enumerate(groups):
             half: Half = group.half if self.config.aux.sides == "alternate" else "image"
-            rows.setdefault(half, []).append(number * self.size)
+            numbers.setdefault(half, []).append(number)
         total = last_input.new_zeros((), dtype=torch.float32)
-        for half, indices in rows.items():
-            index = torch.tensor(indices, device=last_input.device)
+        for half, own in numbers.items():
+            index = matched[torch.tensor(own, device=last_input.device)]
             pairs = batch.select(index)
             for q, k in self.attention.queries_and_keys(last_input, index):
                 total = total + self.auxiliary(q, k, pairs, half)

@@ -29,7 +29,6 @@ Progress = Callable[[str, int, int], None]
 """Called with (what is being done, how many are done, how many there are)."""
 
 SPLITS = ("train", "val", "winoground")
-CONTRASTS = "contrasts.json"
 
 _CATALOGUE, _HELD_OUT, _DRAW, _CAPTION, _PAINT = range(5)
 
@@ -189,7 +188,7 @@ def _write_texts(folder: Path, settings: SceneSettings, pictures: dict[str, list
                         toked_caption=tokenizer.pieces(ids),
                     )
         contrasts = _contrasts(own, numbers)
-        (text_folder / CONTRASTS).write_text(json.dumps(contrasts), encoding="utf-8")
+        (text_folder / "contrasts.json").write_text(json.dumps(contrasts), encoding="utf-8")
 
 
 def _caption_numbers(pictures: dict[str, list[Picture]]) -> dict[str, list[str]]:
@@ -203,20 +202,20 @@ def _caption_numbers(pictures: dict[str, list[Picture]]) -> dict[str, list[str]]
     return numbers
 
 
-def _contrasts(pictures: list[Picture], numbers: dict[str, list[str]]) -> dict[str, dict[str, list[str]]]:
-    """Pairs known not to match although they nearly do: {"captions": {id: [npz names]}, "images": {npz name: [ids]}}.
+def _contrasts(pictures: list[Picture], numbers: dict[str, list[str]]) -> list[dict[str, Any]]:
+    """Of every two pictures that differ as little as they can, the captions that tell them apart.
 
-    They come from the two pictures of a contrast, whose things and captions differ as little as they can.
+    [{"images": [npz name, npz name], "captions": [[ids true of the first only], [ids true of the second only]]}]
     """
-    captions: dict[str, list[str]] = {}
-    images: dict[str, list[str]] = {}
-    for one, two in zip(pictures[::2], pictures[1::2], strict=True):
-        for own, other in ((one, two), (two, one)):
-            for caption_id, statement in zip(numbers[own.name], own.statements, strict=True):
-                if statement.holds(other.scene) is False:
-                    captions.setdefault(caption_id, []).append(other.name)
-                    images.setdefault(other.name, []).append(caption_id)
-    return {"captions": captions, "images": images}
+
+    def telling(own: Picture, other: Picture) -> list[str]:
+        said = zip(numbers[own.name], own.statements, strict=True)
+        return [caption_id for caption_id, statement in said if statement.holds(other.scene) is False]
+
+    return [
+        {"images": [one.name, two.name], "captions": [telling(one, two), telling(two, one)]}
+        for one, two in zip(pictures[::2], pictures[1::2], strict=True)
+    ]
 
 
 def _write_quadruples(folder: Path, pictures: list[Picture], kinds: list[str]) -> None:
