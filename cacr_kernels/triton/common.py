@@ -135,6 +135,7 @@ def open_side(tt, tv, vt, vv, spans, stats, i_problem, n_heads, is_text):
     """
     i_b = (i_problem // n_heads).to(tl.int64)
     i_h = (i_problem % n_heads).to(tl.int64)
+    is_text = is_text != 0
     t_0, n_a, v_0, n_b, valid = load_spans(spans, i_b)
     empty = (n_a == 0) | (n_b == 0)
     n_a = tl.where(empty, 0, n_a)
@@ -145,7 +146,7 @@ def open_side(tt, tv, vt, vv, spans, stats, i_problem, n_heads, is_text):
     p_aa, r_aa, c_aa = locate(tt, i_b, i_h, t_0, t_0)
     p_ab, r_ab, c_ab = locate(tv, i_b, i_h, t_0, v_0)
     p_bb, r_bb, c_bb = locate(vv, i_b, i_h, v_0, v_0)
-    if is_text == 0:
+    if not is_text:
         p_aa, r_aa, c_aa, p_bb, r_bb, c_bb = p_bb, r_bb, c_bb, p_aa, r_aa, c_aa
         p_ab, r_ab, c_ab = locate(vt, i_b, i_h, v_0, t_0)
         n_a, n_b = n_b, n_a

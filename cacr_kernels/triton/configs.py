@@ -34,27 +34,47 @@ class Plan:
     kernels: dict[str, Launch] = field(default_factory=dict)
 
 
-def _plan(dot: str, t: int, k: int, warps: int, stages: int = 1) -> Plan:
-    return Plan(
-        dot,
-        {
-            "forward_small": launch(i=t, j=t, c=t, k=k, warps=warps, stages=stages),
-            "rows": launch(i=t, j=t, c=t, k=k, warps=warps, stages=stages),
-            "cross": launch(i=t, j=t, c=t, k=k, warps=warps, stages=stages),
-            "own": launch(i=t, j=t, k=k, warps=warps, stages=stages),
-            "numbers": launch(i=16, j=128, warps=4),
-            "project": launch(i=t, c=t, k=k, warps=warps, stages=stages),
-            "forward_large": launch(i=t, j=t, c=t, k=k, warps=warps, stages=stages),
-            "large_g": launch(i=t, j=t, k=k, warps=warps, stages=stages),
-            "large_v": launch(i=t, c=t, k=k, warps=warps, stages=stages),
-            "large_cross": launch(j=t, c=t, k=k, warps=warps, stages=stages),
-        },
-    )
+def kernels(k: int, large: int, warps: int) -> dict[str, Launch]:
+    """Kernels that compare rows want 32 x 32 tiles (registers), plain products ``large`` ones; dots in chunks of k."""
+    return {
+        "forward_small": launch(i=32, j=32, c=32, k=k),
+        "rows": launch(i=32, j=32, c=32, k=k),
+        "cross": launch(i=32, j=32, c=32, k=k),
+        "own": launch(i=32, j=32, k=k),
+        "numbers": launch(i=16, j=128),
+        "project": launch(i=large, c=large, k=k, warps=warps),
+        "forward_large": launch(i=32, j=32, c=32, k=k),
+        "large_g": launch(i=large, j=large, k=k, warps=warps),
+        "large_v": launch(i=large, c=large, k=k, warps=warps),
+        "large_cross": launch(j=32, c=32, k=k),
+    }
 
+
+#: float32: multiply-adds where shared memory is scarce, three tf32 products elsewhere; 16-bit: bfloat16 products
+IEEE = Plan("ieee", kernels(16, 64, 8))
+TF32X3 = Plan("tf32x3", kernels(16, 64, 8))
+SPLIT = Plan("split", kernels(32, 64, 8))
+
+DTYPES = ("float32", "float16", "bfloat16")
+ARCHITECTURES = (80, 86, 89, 90, 100)
+TABLE: dict[int, dict[str, Plan]] = {
+    80: {"float32": TF32X3, "float16": SPLIT, "bfloat16": SPLIT},
+    86: {"float32": IEEE, "float16": SPLIT, "bfloat16": SPLIT},
+    89: {"float32": IEEE, "float16": SPLIT, "bfloat16": SPLIT},
+    90: {"float32": TF32X3, "float16": SPLIT, "bfloat16": SPLIT},
+    100: {"float32": TF32X3, "float16": SPLIT, "bfloat16": SPLIT},
+}
 
 #: the interpreter: few large steps
-INTERPRETER = _plan("ieee", 32, 32, 4)
+INTERPRETER = Plan(
+    "ieee", {name: Launch(dict.fromkeys(entry.blocks, 64)) for name, entry in kernels(64, 64, 4).items()}
+)
 
 
 def plan(arch: int, dtype: str) -> Plan:
-    return INTERPRETER
+    """The Plan of the compute capability ``arch`` (10 * major + minor): its own, or its family's.
+
+    From 110 on, consumer cards have the 99 KB of shared memory of sm_89.
+    """
+    family = arch if arch in TABLE else 89 if arch >= 110 else max(known for known in TABLE if known <= arch)
+    return TABLE[family][dtype]

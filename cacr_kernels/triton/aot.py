@@ -1,0 +1,171 @@
+"""Ahead-of-time gate: compile every entry of the launch table without a GPU and read what the compiler made of it.
+
+``python -m cacr_kernels.triton.aot`` prints registers, shared memory and spills of every configuration, and exits with
+1 if one spills more than 64 bytes a thread, exceeds its architecture's shared memory, or rounds to tf32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from .backward import backward_cross_kernel, backward_own_kernel, backward_rows_kernel
+from .backward_large import large_cross_kernel, large_g_kernel, large_v_kernel
+from .common import Block, Scaling, SpanArgs, Work
+from .configs import ARCHITECTURES, DTYPES, Launch, plan
+from .forward import forward_kernel
+from .products import numbers_kernel, project_kernel
+
+#: shared memory of one block in bytes, by architecture
+SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
+SPILL_LIMIT = 64
+KINDS = ("scores", "softmax", "probs")
+TRITON_DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+
+KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "forward_small": (forward_kernel, {"FUSED": True, "SAVE": True}),
+    "rows": (backward_rows_kernel, {"GRAD_X": True}),
+    "cross": (backward_cross_kernel, {}),
+    "own": (backward_own_kernel, {"GRAD_X": True, "GRAD_Y": True}),
+    "numbers": (numbers_kernel, {}),
+    "project": (project_kernel, {}),
+    "forward_large": (forward_kernel, {"FUSED": False, "SAVE": True}),
+    "large_g": (large_g_kernel, {}),
+    "large_v": (large_v_kernel, {}),
+    "large_cross": (large_cross_kernel, {}),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel as one entry of the launch table starts it."""
+
+    kernel: str
+    arch: int
+    dtype: str
+    kind: str
+    unit: bool = True
+
+    @property
+    def launch(self) -> Launch:
+        return plan(self.arch, self.dtype).kernels[self.kernel]
+
+    def __str__(self) -> str:
+        layout = "" if self.unit else " strided"
+        return f"{self.kernel:14s} sm_{self.arch:<4d} {self.dtype:9s} {self.kind}{layout}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the compiler made of a case: registers and stack bytes a thread, shared memory and tf32 products."""
+
+    registers: int
+    spill: int
+    shared: int
+    dots: frozenset[str]
+
+    def faults(self, case: Case) -> list[str]:
+        found = []
+        if self.spill > SPILL_LIMIT:
+            found.append(f"spills {self.spill} B a thread, at most {SPILL_LIMIT} allowed")
+        if self.shared > SHARED_LIMIT[case.arch]:
+            found.append(f"needs {self.shared} B of shared memory, sm_{case.arch} has {SHARED_LIMIT[case.arch]}")
+        if "tf32" in self.dots and plan(case.arch, case.dtype).dot != "tf32x3":
+            found.append("rounds to tf32")
+        return found
+
+
+def argument_type(name: str, dtype: str) -> Any:
+    """Type of a kernel argument by its name, as the launcher would see it (ragged spans)."""
+    if name in ("tt", "tv", "vt", "vv"):
+        return Block(f"*{dtype}", "i32", "i32", "i32", "i32")
+    if name == "spans":
+        return SpanArgs("*i32", *["i32"] * 7)
+    if name == "scaling":
+        return Scaling("fp32", *["i32"] * 4)
+    if name == "work":
+        return Work("*fp32", *["i32"] * 8)
+    if name in ("loss", "stats", "grad_loss"):
+        return "*fp32"
+    return f"*{dtype}" if name.startswith("grad_") else "i32"
+
+
+def compile_kernel(kernel: Any, types: dict[str, Any], constants: dict[str, Any], arch: int, entry: Launch) -> Any:
+    """The compiled kernel for sm_``arch``: ``types`` by argument name, ``constants`` for the constexpr ones."""
+    signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
+    options = {"num_warps": entry.num_warps, "num_stages": entry.num_stages, "enable_fp_fusion": True}
+    source = ASTSource(kernel, signature, constants, {})
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def inspect(compiled: Any) -> Report:
+    """Resource usage from the cubin, and the operand types of the tensor-core instructions in the PTX."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        command = [str(tool), "--dump-resource-usage", cubin.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+    products = re.findall(r"^\s*(?:@\S+\s+)?((?:wgmma\.mma|mma\.|tcgen05\.mma)\S*)", compiled.asm["ptx"], re.MULTILINE)
+    dots = frozenset(kind for line in products for kind in ("tf32", "bf16", "f16") if f".{kind}" in line)
+    return Report(usage["REG"], usage["STACK"] + usage["LOCAL"], compiled.metadata.shared, dots)
+
+
+def compile_case(case: Case) -> Report:
+    kernel, flags = KERNELS[case.kernel]
+    types = {name: argument_type(name, TRITON_DTYPES[case.dtype]) for name in kernel.arg_names}
+    entry = case.launch
+    constants = {"KIND": case.kind, "DOT": plan(case.arch, case.dtype).dot, "UNIT": case.unit, **flags, **entry.blocks}
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    return inspect(compile_kernel(kernel, types, constants, case.arch, entry))
+
+
+def cases(architectures: list[int], dtypes: list[str], kernels: list[str], kinds: list[str]) -> Iterator[Case]:
+    """The matrix: contiguous columns for every kind, strided ones once. ``numbers`` exists for kind "softmax" only."""
+    for arch in architectures:
+        for dtype in dtypes:
+            for kernel in kernels:
+                for kind in ["softmax"] if kernel == "numbers" else kinds:
+                    yield Case(kernel, arch, dtype, kind)
+                if "scores" in kinds and kernel != "numbers":
+                    yield Case(kernel, arch, dtype, "scores", unit=False)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m cacr_kernels.triton.aot", description=__doc__)
+    parser.add_argument("--arch", type=int, nargs="*", default=list(ARCHITECTURES), choices=ARCHITECTURES)
+    parser.add_argument("--dtype", nargs="*", default=list(DTYPES), choices=DTYPES)
+    parser.add_argument("--kernel", nargs="*", default=list(KERNELS), choices=list(KERNELS))
+    parser.add_argument("--kind", nargs="*", default=list(KINDS), choices=KINDS)
+    parser.add_argument("--jobs", type=int, default=2)
+    options = parser.parse_args(argv)
+    todo = list(cases(options.arch, options.dtype, options.kernel, options.kind))
+    print(f"triton {triton.__version__}, {len(todo)} configurations")
+    faulty = 0
+    with ProcessPoolExecutor(options.jobs) as pool:
+        for case, report in zip(todo, pool.map(compile_case, todo)):
+            faults = report.faults(case)
+            faulty += bool(faults)
+            line = (
+                f"{case!s:52s} {report.registers:4d} registers {report.spill:6d} B spilled {report.shared:7d} B shared"
+            )
+            print(line, *faults, sep="  " if not faults else "  FAULT: ", flush=True)
+    print(f"{faulty} of {len(todo)} outside the limits")
+    return 1 if faulty else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,297 @@
+"""The Triton scores kernels, called as cacr_kernels.ops calls them.
+
+Without a GPU they run under Triton's interpreter (conftest.py sets TRITON_INTERPRET before triton is imported), with
+one, on it. Both paths are exercised at small sizes by moving the boundary between them.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cacr_kernels.problem import ROW_NUMBERS, Options, Spans
+from cacr_kernels.reference import cacr_loop
+from cacr_kernels.reference.closed_form import scores_reference
+from cacr_kernels.testing import make_input, relative_error
+
+pytest.importorskip("triton")
+from cacr_kernels.triton import host, scores_backward, scores_forward
+from cacr_kernels.triton.configs import INTERPRETER, Launch, Plan
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PATHS = ("small", "large")
+
+
+@pytest.fixture(params=PATHS)
+def path(request, monkeypatch):
+    monkeypatch.setattr(host, "SMALL", 1 << 20 if request.param == "small" else 0)
+    return request.param
+
+
+def run(inputs, spans, options=None, grad_loss=None):
+    """(loss [B, H], gradients) of the kernels; grad_loss defaults to distinct weights."""
+    options = options or Options()
+    inputs = [x.to(DEVICE) for x in inputs]
+    loss, saved = scores_forward(inputs, spans, options, True)
+    if grad_loss is None:
+        grad_loss = torch.linspace(0.5, 2.0, max(loss.numel(), 1), device=DEVICE)[: loss.numel()].view(loss.shape)
+    return loss, scores_backward(grad_loss, inputs, saved, spans, options), grad_loss
+
+
+def expected(inputs, spans, options, grad_loss):
+    leaves = [x.detach().to(DEVICE, torch.float64).requires_grad_() for x in inputs]
+    loss = scores_reference(leaves, spans, options)
+    gradients = torch.autograd.grad((loss * grad_loss).sum(), leaves, allow_unused=True)
+    return loss.detach(), [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, gradients)]
+
+
+def check(inputs, spans, options=None, loss_budget=1e-6, gradient_budget=5e-6):
+    options = options or Options()
+    loss, gradients, grad_loss = run(inputs, spans, options)
+    want_loss, want_gradients = expected(inputs, spans, options, grad_loss)
+    assert loss.dtype == torch.float32
+    assert relative_error(loss, want_loss) <= loss_budget
+    for x, gradient, want in zip(inputs, gradients, want_gradients):
+        assert gradient.dtype == x.dtype
+        assert gradient.shape == x.shape
+        assert gradient.is_contiguous()
+        assert relative_error(gradient, want) <= gradient_budget
+    return loss, gradients
+
+
+def attention(kind, n, *, batch=1, heads=1, std=0.5, seed=0, dtype=torch.float32):
+    """[batch, heads, n, n]: scores, or probabilities for kind "probs"."""
+    half = n // 2
+    return make_input(kind, half, n - half, batch=batch, heads=heads, std=std, seed=seed, dtype=dtype)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Several tiles along every axis at sizes that the interpreter can afford."""
+    kernels = {
+        name: Launch(dict.fromkeys(entry.blocks, 32), entry.num_warps) for name, entry in INTERPRETER.kernels.items()
+    }
+    monkeypatch.setattr(host, "INTERPRETER", Plan(INTERPRETER.dot, kernels))
+
+
+@pytest.mark.parametrize("kind", ["scores", "softmax"])
+def test_several_tiles(path, small_tiles, kind):
+    check([attention(kind, 78)], Spans(1, 33, 35, 40), Options(kind=kind))
+
+
+@pytest.mark.parametrize("kind", ["scores", "softmax", "probs"])
+@pytest.mark.parametrize(("n_text", "n_vision"), [(1, 2), (7, 33), (65, 2), (1, 1)])
+def test_matches_the_closed_form(path, kind, n_text, n_vision):
+    attn = attention(kind, n_text + n_vision)
+    check([attn], Spans(0, n_text, n_text, n_vision), Options(kind=kind))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n_vision", [129, 33])
+def test_long_spans(path, n_vision):
+    check([attention("scores", 65 + n_vision, std=0.3)], Spans(0, 65, 65, n_vision))
+
+
+@pytest.mark.parametrize("kind", ["scores", "softmax", "probs"])
+@pytest.mark.parametrize("sides", ["both", "text", "vision"])
+def test_loss_is_that_of_the_loops(path, kind, sides):
+    attn = attention(kind, 16, batch=2)
+    loss, _, _ = run([attn], Spans(1, 6, 8, 7), Options(kind=kind, sides=sides))
+    want = cacr_loop(attn, 6, n_vision=7, text_start=1, vision_start=8, kind=kind, sides=sides, reduction="none")
+    assert relative_error(loss, want) <= 1e-6
+
+
+@pytest.mark.parametrize("sides", ["text", "vision"])
+@pytest.mark.parametrize("stop_gradient", ["none", "target", "projection"])
+@pytest.mark.parametrize("kind", ["scores", "softmax"])
+def test_sides_and_stopped_gradients(path, kind, sides, stop_gradient):
+    options = Options(kind, sides, 0.7, True, True, stop_gradient)
+    check([attention(kind, 44)], Spans(3, 5, 9, 35), options)
+
+
+@pytest.mark.parametrize("stop_gradient", ["target", "projection"])
+def test_stopped_gradients_of_both_sides(path, stop_gradient):
+    check([attention("scores", 44)], Spans(9, 35, 3, 5), Options(stop_gradient=stop_gradient))
+
+
+@pytest.mark.parametrize("kind", ["scores", "softmax"])
+def test_four_blocks(path, kind):
+    n_text, n_vision = 6, 35
+    shapes = [(n_text, n_text), (n_text, n_vision), (n_vision, n_text), (n_vision, n_vision)]
+    generator = torch.Generator().manual_seed(1)
+    blocks = [torch.randn(1, 2, *shape, generator=generator) * 0.4 for shape in shapes]
+    check(blocks, Spans(0, n_text, 0, n_vision), Options(kind=kind))
+    check([blocks[0].transpose(-1, -2), *blocks[1:]], Spans(0, n_text, 0, n_vision), Options(kind=kind))
+
+
+def ragged(*rows):
+    return torch.tensor(rows, dtype=torch.int32, device=DEVICE)
+
+
+@pytest.mark.parametrize("kind", ["scores", "softmax"])
+def test_ragged_spans(path, kind):
+    table = ragged((1, 5, 7, 33), (34, 6, 0, 34), (0, 0, 8, 12), (3, 9, 12, 1))
+    check([attention(kind, 40, batch=4)], Spans(0, 9, 0, 34, table), Options(kind=kind, row_mean=True))
+
+
+def test_ragged_blocks(path):
+    n_text, n_vision = 9, 35
+    shapes = [(n_text, n_text), (n_text, n_vision), (n_vision, n_text), (n_vision, n_vision)]
+    blocks = [torch.randn(2, 1, *shape, generator=torch.Generator().manual_seed(2)) * 0.4 for shape in shapes]
+    check(blocks, Spans(0, 9, 0, 35, ragged((2, 7, 1, 33), (0, 9, 0, 20))))
+
+
+@pytest.mark.parametrize(
+    "row", [(-1, 3, 4, 5), (0, 9, 9, 3), (0, 3, 2, 5), (8, 4, 0, 5), (0, 3, 7, -2), (2**31 - 1, 3, 4, 5)]
+)
+def test_an_invalid_example_is_nan_and_alone(path, row):
+    attn = attention("scores", 11, batch=3)
+    spans = Spans(0, 5, 0, 6, ragged((0, 4, 5, 6), row, (6, 5, 0, 5)))
+    loss, gradients, grad_loss = run([attn], spans)
+    assert loss[1].isnan().all()
+    assert gradients[0][1].isnan().all()
+    good = Spans(0, 5, 0, 6, ragged((0, 4, 5, 6), (6, 5, 0, 5)))
+    want_loss, want = expected([attn[[0, 2]]], good, Options(), grad_loss[[0, 2]])
+    assert relative_error(loss[[0, 2]], want_loss) <= 1e-6
+    assert relative_error(gradients[0][[0, 2]], want[0]) <= 5e-6
+
+
+@pytest.mark.parametrize("kind", ["scores", "softmax", "probs"])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_nothing_outside_the_spans_counts(path, kind, poison):
+    clean = attention(kind, 20)
+    inside = torch.zeros(20, dtype=torch.bool)
+    inside[2:8] = inside[9:18] = True
+    inside = inside[:, None] & inside[None, :]
+    spans, options = Spans(2, 6, 9, 9), Options(kind=kind)
+    loss, gradients, _ = run([clean], spans, options)
+    dirty_loss, dirty_gradients, _ = run([torch.where(inside, clean, poison)], spans, options)
+    assert torch.equal(loss, dirty_loss)
+    assert torch.equal(gradients[0], dirty_gradients[0])
+    assert (gradients[0].cpu()[0, 0][~inside] == 0).all()
+    assert gradients[0].cpu()[0, 0][inside].abs().max() > 0
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("where", [(3, 4), (3, 12), (12, 3), (12, 13)])
+def test_bad_numbers_inside_the_spans_show(path, bad, where):
+    attn = attention("scores", 16)
+    attn[0, 0, where[0], where[1]] = bad
+    loss, _, _ = run([attn], Spans(0, 7, 7, 9))
+    assert loss.isnan().all()
+
+
+def test_memory_layouts_agree(path):
+    spans = Spans(2, 6, 9, 9)
+    attn = attention("scores", 20, batch=2, heads=2).to(DEVICE)
+    loss, gradients, _ = run([attn], spans)
+    wide = torch.zeros(2, 2, 25, 31, device=DEVICE)
+    wide[..., 3:23, 5:25] = attn
+    layouts = [
+        attn.transpose(-1, -2).contiguous().transpose(-1, -2),
+        attn.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1),
+        wide[..., 3:23, 5:25],
+    ]
+    for layout in layouts:
+        again, again_gradients, _ = run([layout], spans)
+        assert torch.equal(loss, again)
+        assert torch.equal(gradients[0], again_gradients[0])
+        assert again_gradients[0].is_contiguous()
+
+
+def test_expanded_input(path):
+    attn = attention("scores", 20).expand(2, 3, 20, 20)
+    check([attn], Spans(2, 6, 9, 9))
+    check([torch.full((1, 1, 1, 1), 0.25).expand(1, 1, 8, 8)], Spans(0, 4, 4, 4), gradient_budget=0.0)
+
+
+def test_strided_grad_loss(path):
+    attn = attention("scores", 14, batch=2, heads=2)
+    spans = Spans(0, 6, 6, 8)
+    _, ones, _ = run([attn], spans, grad_loss=torch.full((), 3.0, device=DEVICE).expand(2, 2))
+    _, dense, _ = run([attn], spans, grad_loss=torch.full((2, 2), 3.0, device=DEVICE))
+    assert torch.equal(ones[0], dense[0])
+
+
+@pytest.mark.parametrize("kind", ["scores", "softmax"])
+def test_repeated_runs_agree_bit_for_bit(path, kind):
+    attn = attention(kind, 50, heads=2)
+    spans, options = Spans(1, 9, 11, 38), Options(kind=kind)
+    first = run([attn], spans, options)
+    second = run([attn], spans, options)
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1][0], second[1][0])
+
+
+def test_equal_distributions_give_exactly_zero(path):
+    attn = make_input("scores", 20, 20, pattern="congruent")
+    loss, gradients, _ = run([attn], Spans(0, 20, 20, 20))
+    assert (loss == 0).all()
+    assert (gradients[0] == 0).all()
+
+
+def test_extreme_logits(path):
+    attn = attention("scores", 20, std=1.0)
+    attn[..., :8, :8] *= 1e4
+    check([attn], Spans(0, 8, 8, 12), gradient_budget=1e-5)
+
+
+def test_a_common_offset_costs_no_precision(path):
+    attn = attention("scores", 40, std=0.5) - 3.0
+    check([attn], Spans(0, 16, 16, 24), gradient_budget=5e-5)
+
+
+def test_near_congruent_rows(path):
+    n = 16
+    generator = torch.Generator().manual_seed(3)
+    attn = torch.zeros(1, 1, 2 * n, 2 * n)
+    attn[..., :n, n:] = torch.eye(n)
+    attn[..., n:, n:] = torch.randn(n, n, generator=generator)
+    attn[..., :n, :n] = attn[..., n:, n:] + 100 + 1e-2 * torch.randn(n, n, generator=generator)
+    loss, _, _ = run([attn], Spans(0, n, n, n), Options(sides="text"))
+    want, _ = expected([attn], Spans(0, n, n, n), Options(sides="text"), torch.ones(1, 1, device=DEVICE))
+    assert (loss >= 0).all()
+    assert relative_error(loss, want) <= 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["scores", "softmax", "probs"])
+def test_half_precision_inputs(path, dtype, kind):
+    attn = attention(kind, 40, dtype=dtype)
+    check([attn], Spans(1, 6, 7, 33), Options(kind=kind), loss_budget=1e-5, gradient_budget=4e-3)
+
+
+def test_large_float16_scores_do_not_overflow(path):
+    attn = attention("scores", 24, std=40.0, dtype=torch.float16)
+    loss, _, _ = run([attn], Spans(0, 8, 8, 16))
+    want, _ = expected([attn], Spans(0, 8, 8, 16), Options(), torch.ones(1, 1, device=DEVICE))
+    assert relative_error(loss, want) <= 1e-5
+
+
+@pytest.mark.parametrize(("batch", "n_text", "n_vision"), [(0, 3, 4), (2, 0, 4), (2, 3, 0)])
+def test_nothing_to_compare(path, batch, n_text, n_vision):
+    loss, gradients, _ = run([torch.randn(batch, 2, 7, 7)], Spans(0, n_text, 3, n_vision))
+    assert loss.shape == (batch, 2)
+    assert (loss == 0).all()
+    assert (gradients[0] == 0).all()
+
+
+def test_saved_numbers_are_what_the_fake_kernel_promises(path):
+    attn = attention("scores", 14, batch=2).to(DEVICE)
+    loss, saved = scores_forward([attn], Spans(0, 6, 6, 8), Options(), True)
+    assert [tuple(x.shape) for x in saved] == [(2, 1, ROW_NUMBERS, 14)]
+    bare, nothing = scores_forward([attn], Spans(0, 6, 6, 8), Options(), False)
+    assert nothing == []
+    assert torch.equal(loss, bare)
+
+
+@pytest.mark.parametrize("n_text", [5, 30])
+def test_workspace_is_at_most_one_float32_copy_of_the_scores(path, n_text, monkeypatch):
+    sizes = []
+    workspace = host.Problem.workspace
+    monkeypatch.setattr(
+        host.Problem, "workspace", lambda self, size, **places: sizes.append(size) or workspace(self, size, **places)
+    )
+    run([attention("scores", 35)], Spans(0, n_text, n_text, 35 - n_text))
+    assert sizes
+    assert max(sizes) <= 35 * 35
