@@ -22,7 +22,7 @@ static int backward(const Problem& problem, i64 first, i64 count) {
     const bool softmax = problem.options.kind == Kind::softmax;
     int error = 0;
     if (softmax)
-        error = launch(cacr_row_softmax_kernel, count, row_groups, 4, kThreads, problem.stream, problem, first, 0);
+        error = launch(cacr_row_softmax_kernel<false>, count, row_groups, 4, kThreads, problem.stream, problem, first);
     if (!error)
         error = launch(cacr_backward_rows_kernel<F>, count, tiles, 2, kThreads, problem.stream, problem, first);
     if (!error)

@@ -12,8 +12,8 @@ static int forward(const Problem& problem, i64 first, i64 count) {
     int error = 0;
     if (problem.spans.n_text > 0 && problem.spans.n_vision > 0) {
         if (problem.options.kind == Kind::softmax)
-            error = launch(cacr_row_softmax_kernel, count, ceil_div(longest, kWarpsPerBlock), 4, kThreads,
-                           problem.stream, problem, first, 1);
+            error = launch(cacr_row_softmax_kernel<true>, count, ceil_div(longest, kWarpsPerBlock), 4, kThreads,
+                           problem.stream, problem, first);
         if (!error)
             error = launch(cacr_forward_kernel<F>, count, ceil_div(longest, kTile), 2, kThreads, problem.stream, problem,
                            first);

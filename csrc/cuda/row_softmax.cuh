@@ -23,9 +23,10 @@ CACR_DEVICE RowSoftmax reduce_row(const Scores& scores, int row, int cols) {
     return result;
 }
 
-// Grid: problems x ceil(max(T, R) / 4) x the four blocks; one warp a row. In the forward (`reduce`) the statistics are found
-// and kept in stats (m_y, l_y for S_aa), in the backward they are read from there.
-CACR_KERNEL(kThreads, 1) cacr_row_softmax_kernel(Problem problem, i64 first, int reduce) {
+// Grid: problems x ceil(max(T, R) / 4) x the four blocks; one warp a row. In the forward the statistics are found and kept
+// in stats (m_y, l_y for S_aa), in the backward they are read from there.
+template <bool is_forward>
+CACR_KERNEL(kThreads, 1) cacr_row_softmax_kernel(Problem problem, i64 first) {
     const Place place = place_of(problem, first + block_x());
     const int row_side = block_z() / 2;
     const int col_side = block_z() % 2;
@@ -34,14 +35,15 @@ CACR_KERNEL(kThreads, 1) cacr_row_softmax_kernel(Problem problem, i64 first, int
     if (!(cross ? side_counts(problem, place, row_side) : any_side_counts(problem, place))) return;
     if (row >= length_of(place.extent, row_side)) return;
 
-    const Workspace workspace = reduce ? forward_workspace(problem, block_x()) : backward_workspace(problem, block_x());
+    const Workspace workspace =
+        is_forward ? forward_workspace(problem, block_x()) : backward_workspace(problem, block_x());
     const Scores scores(problem, place, row_side, col_side);
     const int cols = length_of(place.extent, col_side);
     const RowStats stats(problem, place, row_side);
     float* row_max = &stats.at(cross ? kMaxCross : kMaxY, row);
     float* row_sum = &stats.at(cross ? kSumCross : kSumY, row);
     RowSoftmax statistics;
-    if (reduce) {
+    if (is_forward) {
         statistics = reduce_row(scores, row, cols);
         if (thread_index() % kWarp == 0) {
             *row_max = statistics.row_max;
