@@ -1,4 +1,4 @@
-"""Memory of fused_cacr_qk on backend "triton": O(N D), proved without a GPU by counting the host functions' allocations.
+"""Memory of fused_cacr_qk on backend "triton": O(N D), proved without a GPU by counting host allocations.
 
 The host functions run on meta tensors with every kernel launch stubbed, inside a dispatch mode that adds up all storage
 ever allocated (freed memory is not subtracted: an upper bound of the peak). A mode around the registered operator would
