@@ -13,8 +13,12 @@ from cacr_uniter.errors import UserError
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("doctor", "versions, GPUs, backends, and what to do about what is missing"),
-    "data scenes": ("data_scenes", "write a scene data set: pictures, captions, features, Winoground-like test set"),
+    "demo": ("demo", "scenes, a small training with CACR, and its scores beside chance, in minutes"),
+    "study": ("study", "the comparison of auxiliary losses over seeds"),
     "train": ("train", "fine-tune UNITER, with or without congruence regularisation"),
+    "data scenes": ("data_scenes", "write a scene data set: pictures, captions, features, Winoground-like test set"),
+    "data import": ("data_import", "region features and captions of other programs into the published databases"),
+    "data check": ("data_check", "read a database and say what is wrong with it"),
     "eval winoground": ("eval_winoground", "text, image and group scores of a checkpoint or a score file"),
     "eval retrieval": ("eval_retrieval", "image and text retrieval recall of a checkpoint"),
     "bench": ("bench", "kernels beside their peers, training cost, numerics, pictures; see cacr bench --help"),

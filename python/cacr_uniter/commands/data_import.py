@@ -1,0 +1,87 @@
+"""`cacr data import`: region features and captions of other programs into the published database formats."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from cacr_uniter.commands.progress import bars
+
+
+def main(argv: list[str]) -> int:
+    args = _parser().parse_args(argv)
+    if args.format == "karpathy-json":
+        return _captions(args)
+    return _features(args)
+
+
+def _features(args: argparse.Namespace) -> int:
+    from cacr_uniter.data.importers.features import import_features
+
+    with bars() as progress:
+        report = import_features(
+            args.format,
+            args.source,
+            args.out,
+            names=args.names or "keep",
+            threshold=args.threshold,
+            max_boxes=args.max_boxes,
+            min_boxes=args.min_boxes,
+            fixed=args.fixed,
+            compressed=args.compressed,
+            dtype=args.dtype,
+            labels=args.labels,
+            ids=args.ids,
+            soft_labels=args.soft_labels,
+            skip_bad=args.skip_bad,
+            limit=args.limit,
+            progress=progress,
+        )
+    print(report)
+    return 0
+
+
+def _captions(args: argparse.Namespace) -> int:
+    from cacr_uniter.data.importers.captions import import_captions
+    from cacr_uniter.errors import UserError
+
+    if args.vocab is None:
+        raise UserError("--vocab: captions need a vocab.txt; UNITER uses that of bert-base-cased")
+    with bars() as progress:
+        made = import_captions(
+            args.source, args.out, args.vocab, names=args.names or "auto", splits=args.splits, progress=progress
+        )
+    print(json.dumps(made, indent=1))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="cacr data import",
+        description="Import region features (or the captions of a Karpathy JSON) into the published database formats. "
+        "An interrupted import goes on when the same command is run again.",
+    )
+    add = parser.add_argument
+    formats = (
+        *("butd-tsv", "lxmert-tsv", "vinvl-tsv", "milvlg-npz", "uniter-npz"),
+        *("hdf5-fixed", "hdf5-adaptive", "karpathy-json"),
+    )
+    add("format", choices=formats, help="format of the source")
+    add("source", type=Path, help="file, or folder of npz files")
+    add("--out", type=Path, required=True, help="folder that will hold the database")
+    add("--names", help="npz names: keep, flickr30k, coco, ... (default: keep; captions: as the JSON says)")
+    add("--threshold", type=float, default=0.2, help="confidence above which regions are kept (default: 0.2)")
+    add("--max-boxes", type=int, default=100, help="most regions of an image (default: 100)")
+    add("--min-boxes", type=int, default=10, help="least regions of an image, if it has them (default: 10)")
+    add("--fixed", type=int, help="keep exactly so many regions instead")
+    add("--compressed", action="store_true", help="store npz archives")
+    add("--dtype", choices=("float16", "float32"), default="float16", help="of the stored numbers (default: float16)")
+    add("--labels", type=Path, help="vinvl-tsv: the predictions file with the confidences")
+    add("--ids", type=Path, help="hdf5: table of image ids, if it is not beside the file")
+    add("--soft-labels", action="store_true", help="keep class probabilities")
+    add("--skip-bad", action="store_true", help="leave damaged images out and report them")
+    add("--limit", type=int, help="only the first so many rows")
+    add("--vocab", type=Path, help="karpathy-json: vocab.txt")
+    add("--splits", nargs="+", metavar="SPLIT", help="karpathy-json: splits to write (default: all)")
+    return parser
