@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from .problem import ROW_NUMBERS, Options, Spans, block_limits
+from .problem import ROW_NUMBERS, Options, Spans, block_limits, saves_gradients
 
 _native: Any = None
 _import_error = ""
@@ -98,6 +98,26 @@ def _problem(inputs: list[Tensor], spans: Spans, options: Options) -> Any:
     )
 
 
+def _qk_problem(inputs: list[Tensor], spans: Spans, options: Options, scale: float) -> Any:
+    if options.kind == "probs":
+        raise ValueError("kind='probs' needs an attention tensor; from q and k the kinds are 'scores' and 'softmax'")
+    q, k = inputs
+    batch, heads, n, dim = q.shape
+    return _native.QkProblem(
+        _DTYPES[q.dtype],
+        _options(options),
+        _spans(spans, n, n, True),
+        batch,
+        heads,
+        k.shape[1],
+        n,
+        dim,
+        scale,
+        _tensor(q),
+        _tensor(k),
+    )
+
+
 def _loss_dtype(inputs: list[Tensor]) -> torch.dtype:
     return torch.float64 if inputs[0].dtype == torch.float64 else torch.float32
 
@@ -105,11 +125,6 @@ def _loss_dtype(inputs: list[Tensor]) -> torch.dtype:
 def _new_gradients(inputs: list[Tensor]) -> list[Tensor]:
     """Contiguous and uninitialised: the kernels write every element."""
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
-
-
-def saves_gradients(dtype: torch.dtype) -> bool:
-    """Whether a CPU forward on inputs of ``dtype`` saves the gradients for its backward."""
-    return dtype in (torch.float32, torch.float64)
 
 
 def _scaled(gradient: Tensor, grad_loss: Tensor) -> Tensor:
@@ -133,9 +148,8 @@ def _scaled(gradient: Tensor, grad_loss: Tensor) -> Tensor:
 class _Cpu:
     """C++ kernels: a thread works on one problem (b, h) at a time, so results do not depend on the thread count.
 
-    With float32 and float64 inputs a forward that needs gradients computes them for grad_loss = 1 in the same pass and
-    saves them; the backward multiplies. With 16-bit inputs nothing is saved and the backward recomputes, so that a
-    gradient is rounded once.
+    A forward that needs gradients computes them for grad_loss = 1 in the same pass and saves them, and the backward
+    multiplies; where :func:`saves_gradients` says no, the backward computes everything again.
     """
 
     #: "" is the widest instruction set of this machine; tests set narrower ones
@@ -148,7 +162,7 @@ class _Cpu:
         loss = inputs[0].new_empty(inputs[0].shape[:2], dtype=_loss_dtype(inputs))
         problem = _problem(inputs, spans, options)
         problem.set_loss(loss.data_ptr())
-        saved = _new_gradients(inputs) if needs_grad and saves_gradients(inputs[0].dtype) else []
+        saved = _new_gradients(inputs) if needs_grad and saves_gradients(inputs) else []
         if saved:
             problem.set_grads(_tensors(saved))
         self._run(problem)
@@ -168,9 +182,46 @@ class _Cpu:
         self._run(problem)
         return gradients
 
+    def qk_forward(
+        self, inputs: list[Tensor], spans: Spans, options: Options, needs_grad: bool, scale: float
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Loss [B, H] of S = scale q k^T for [q, k] = [B, H, N, D], [B, Hk, N, D]; memory O(N D), kind softmax O(T R)."""
+        loss = inputs[0].new_empty(inputs[0].shape[:2], dtype=_loss_dtype(inputs))
+        problem = _qk_problem(inputs, spans, options, scale)
+        problem.set_loss(loss.data_ptr())
+        saved = _new_gradients(inputs) if needs_grad and saves_gradients(inputs) else []
+        if saved:
+            problem.set_grads(*map(_tensor, saved))
+        self._run_qk(problem)
+        return loss, saved
+
+    def qk_backward(
+        self,
+        grad_loss: Tensor,
+        inputs: list[Tensor],
+        saved: list[Tensor],
+        spans: Spans,
+        options: Options,
+        scale: float,
+    ) -> list[Tensor]:
+        """d sum(grad_loss * loss) / d q and / d k; grad_loss [B, H] with any strides."""
+        grad_loss = grad_loss.to(_loss_dtype(inputs))
+        if saved:
+            return [_scaled(gradient, grad_loss) for gradient in saved]
+        gradients = _new_gradients(inputs)
+        problem = _qk_problem(inputs, spans, options, scale)
+        problem.set_grad_loss(grad_loss.data_ptr(), grad_loss.stride())
+        problem.set_grads(*map(_tensor, gradients))
+        self._run_qk(problem)
+        return gradients
+
     def _run(self, problem: Any) -> None:
         problem.set_threads(torch.get_num_threads())
         _native.scores_cpu(problem, self.instruction_set)
+
+    def _run_qk(self, problem: Any) -> None:
+        problem.set_threads(torch.get_num_threads())
+        _native.qk_cpu(problem, self.instruction_set)
 
 
 class _Cuda:

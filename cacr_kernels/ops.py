@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .problem import ROW_NUMBERS, Options, Spans
+from .problem import ROW_NUMBERS, Options, Spans, saves_gradients
 
 _PROBLEM = (
     "Tensor? table, SymInt text_start, SymInt n_text, SymInt vision_start, SymInt n_vision, str kind, str sides, "
@@ -67,8 +67,8 @@ def _forward_fake(variant: str, inputs: list[Tensor], *problem: Any) -> tuple[Te
 
 
 def _saved_fake(variant: str, inputs: list[Tensor], spans: Spans, options: Options, backend: str) -> list[Tensor]:
-    if backend == "cpu":  # the gradients themselves, for grad_loss = 1
-        return _gradients_fake(inputs)
+    if backend == "cpu":
+        return _gradients_fake(inputs) if saves_gradients(inputs) else []
     shapes: list[tuple[Any, ...]] = [(*inputs[0].shape[:2], ROW_NUMBERS, spans.n_text + spans.n_vision)]
     if variant == "qk" and options.kind == "scores":  # the D x D products C, W and M of both blocks
         d = inputs[0].shape[-1]

@@ -81,3 +81,13 @@ def new_gradients(inputs: list[Tensor], spans: Spans) -> list[Tensor]:
     bad = spans.invalid(*block_limits(inputs))
     fill = torch.zeros(bad.shape, dtype=torch.float32, device=bad.device).masked_fill_(bad, float("nan"))
     return [fill.to(x.dtype).view(-1, 1, 1, 1).expand(x.shape).contiguous() for x in inputs]
+
+
+def saves_gradients(inputs: list[Tensor]) -> bool:
+    """Whether the cpu backend's forward saves the gradients for grad_loss = 1, which its backward then only scales.
+
+    Not for 16-bit inputs (a gradient is rounded once), nor when query heads share a key head: grad_k sums over heads
+    whose grad_loss may differ.
+    """
+    x = inputs[0]
+    return x.dtype in (torch.float32, torch.float64) and all(y.shape[1] == x.shape[1] for y in inputs)

@@ -118,6 +118,48 @@ PYBIND11_MODULE(_native, m) {
              })
         .def("set_threads", [](Problem& p, int threads) { p.threads = threads; });
 
+    py::class_<QkProblem>(m, "QkProblem")
+        .def(py::init([](int dtype, const Options& options, const SpanTable& spans, i64 batch, i64 heads, i64 key_heads, int n,
+                         int dim, double scale, const TensorArgument& q, const TensorArgument& k) {
+                 QkProblem p{};
+                 p.dtype = (DType)dtype;
+                 p.options = options;
+                 p.spans = spans;
+                 p.batch = batch;
+                 p.heads = heads;
+                 p.key_heads = key_heads;
+                 p.n = n;
+                 p.dim = dim;
+                 p.scale = scale;
+                 p.q = tensor_of<ConstTensor>(q);
+                 p.k = tensor_of<ConstTensor>(k);
+                 p.threads = 1;
+                 return p;
+             }),
+             py::arg("dtype"), py::arg("options"), py::arg("spans"), py::arg("batch"), py::arg("heads"), py::arg("key_heads"),
+             py::arg("n"), py::arg("dim"), py::arg("scale"), py::arg("q"), py::arg("k"))
+        .def("set_grads",
+             [](QkProblem& p, const TensorArgument& grad_q, const TensorArgument& grad_k) {
+                 p.grad_q = tensor_of<MutableTensor>(grad_q);
+                 p.grad_k = tensor_of<MutableTensor>(grad_k);
+             })
+        .def("set_loss", [](QkProblem& p, std::uintptr_t loss) { p.loss = reinterpret_cast<void*>(loss); })
+        .def("set_grad_loss",
+             [](QkProblem& p, std::uintptr_t data, std::array<i64, 2> stride) {
+                 p.grad_loss = reinterpret_cast<const void*>(data);
+                 p.grad_loss_stride[0] = stride[0];
+                 p.grad_loss_stride[1] = stride[1];
+             })
+        .def("set_threads", [](QkProblem& p, int threads) { p.threads = threads; });
+
+    m.def(
+        "qk_cpu",
+        [](const QkProblem& p, const std::string& instruction_set) {
+            const Kernels& kernels = cpu_kernels(instruction_set);
+            py::gil_scoped_release release;
+            cacr_qk_cpu(p, kernels);
+        },
+        py::arg("problem"), py::arg("instruction_set") = "");
     m.def(
         "scores_cpu",
         [](const Problem& p, const std::string& instruction_set) {

@@ -72,6 +72,22 @@ class Buffer {
     char* data_;
 };
 
+// work(index, scratch) for each index below count, every thread with scratch of its own.
+template <typename F>
+void share_out(int threads, i64 count, i64 scratch_bytes, F&& work) {
+    threads = (int)std::max<i64>(1, std::min<i64>(threads, count));
+    bool out_of_memory = false;
+#pragma omp parallel num_threads(threads) if (threads > 1) reduction(|| : out_of_memory)
+    {
+        const Buffer scratch(scratch_bytes);
+        out_of_memory = !scratch.data();
+#pragma omp for schedule(dynamic, 1)
+        for (i64 index = 0; index < count; ++index)
+            if (scratch.data()) work(index, scratch.data());
+    }
+    if (out_of_memory) throw std::bad_alloc();
+}
+
 }  // namespace
 
 std::vector<std::string> cpu_instruction_sets() {
@@ -99,22 +115,17 @@ bool cpu_has_openmp() {
 
 void cacr_scores_cpu(const Problem& problem, const Kernels& kernels) {
     const i64 count = problem.batch * problem.heads;
-    const i64 bytes = kernels.scores_scratch(problem);
-    const int threads = (int)std::max<i64>(1, std::min<i64>(problem.threads, count));
     const i64 limit[2] = {problem.spans.limit_text, problem.spans.limit_vision};
     if (problem.grads[TT].data)
         for (int ab = 0; ab < (problem.single ? 1 : 4); ++ab)
             advise_huge_pages(problem.grads[ab].data, count * limit[ab / 2] * limit[ab % 2] * size_of(problem.dtype));
-    bool out_of_memory = false;
-#pragma omp parallel num_threads(threads) if (threads > 1) reduction(|| : out_of_memory)
-    {
-        const Buffer scratch(bytes);
-        out_of_memory = !scratch.data();
-#pragma omp for schedule(dynamic, 1)
-        for (i64 index = 0; index < count; ++index)
-            if (scratch.data()) kernels.scores(problem, index, scratch.data());
-    }
-    if (out_of_memory) throw std::bad_alloc();
+    share_out(problem.threads, count, kernels.scores_scratch(problem),
+              [&](i64 index, char* scratch) { kernels.scores(problem, index, scratch); });
+}
+
+void cacr_qk_cpu(const QkProblem& problem, const Kernels& kernels) {
+    share_out(problem.threads, problem.batch * problem.key_heads, kernels.qk_scratch(problem),
+              [&](i64 index, char* scratch) { kernels.qk(problem, index, scratch); });
 }
 
 void cacr_scale_cpu(const Scaling& scaling) {

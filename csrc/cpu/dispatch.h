@@ -19,6 +19,9 @@ bool cpu_has_openmp();
 // Loss and/or gradients of every problem, on problem.threads threads (see Kernels::scores).
 void cacr_scores_cpu(const Problem& problem, const Kernels& kernels);
 
+// The same from q and k; work is shared out by key head.
+void cacr_qk_cpu(const QkProblem& problem, const Kernels& kernels);
+
 // A gradient kept from the forward pass, times another grad_loss.
 struct Scaling {
     DType dtype;         // f32 or f64, of everything here

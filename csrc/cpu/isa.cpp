@@ -1,6 +1,7 @@
 // Compiled once per instruction set with -DCACR_ISA=<name> -DCACR_TABLE=<table> -DCACR_VECTOR_BYTES, -DCACR_REGISTERS,
 // -DCACR_TILE_ROWS. Nothing here may have external linkage outside namespace CACR_ISA (see problem.h, CACR_HD).
 #include "kernels.h"
+#include "qk.h"
 #include "scores.h"
 
 #define CACR_STRING_OF(x) #x
@@ -25,6 +26,20 @@ static void scores(const Problem& p, i64 index, char* scratch) {
     }
 }
 
+static i64 qk_scratch(const QkProblem& p) {
+    return p.dtype == DType::f64 ? lay_out_qk<double>(nullptr, p, p.spans.n_text, p.spans.n_vision).bytes
+                                 : lay_out_qk<float>(nullptr, p, p.spans.n_text, p.spans.n_vision).bytes;
+}
+
+static void qk(const QkProblem& p, i64 index, char* scratch) {
+    switch (p.dtype) {
+        case DType::f64: return qk_problem<double, double>(p, index, scratch);
+        case DType::f32: return qk_problem<float, float>(p, index, scratch);
+        case DType::bf16: return qk_problem<float, Bf16>(p, index, scratch);
+        case DType::f16: return qk_problem<float, Half>(p, index, scratch);
+    }
+}
+
 static double multiply_adds(i64 rounds, float* sink) {
     constexpr int rows = rows_for(kMaxVectors), width = kMaxVectors * kLanes<float>, depth = 64;
     alignas(64) float left[rows * depth], right[depth * width], out[rows * width];
@@ -42,6 +57,7 @@ static double multiply_adds(i64 rounds, float* sink) {
 }  // namespace CACR_ISA
 
 extern const Kernels CACR_TABLE;
-const Kernels CACR_TABLE = {CACR_STRING(CACR_ISA), CACR_ISA::scores_scratch, CACR_ISA::scores, CACR_ISA::multiply_adds};
+const Kernels CACR_TABLE = {CACR_STRING(CACR_ISA), CACR_ISA::scores_scratch, CACR_ISA::scores,
+                            CACR_ISA::qk_scratch,       CACR_ISA::qk,            CACR_ISA::multiply_adds};
 
 }  // namespace cacr

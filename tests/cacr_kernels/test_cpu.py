@@ -320,7 +320,7 @@ def test_saved_gradients_and_recomputed_ones_agree(dtype: torch.dtype) -> None:
     attn = make_scores(7, 33, batch=2, heads=3, dtype=dtype)
     grad_loss = torch.tensor([[0.5], [-2.0]]).expand(2, 3)  # powers of two: scaling rounds nothing
     loss, saved = native.cpu.scores_forward([attn], joint(7, 33), Options(), True)
-    assert len(saved) == native.saves_gradients(dtype)
+    assert len(saved) == (1 if dtype in (torch.float32, torch.float64) else 0)
     assert torch.equal(loss, native.cpu.scores_forward([attn], joint(7, 33), Options(), False)[0])
     (scaled,) = native.cpu.scores_backward(grad_loss, [attn], saved, joint(7, 33), Options())
     (recomputed,) = native.cpu.scores_backward(grad_loss, [attn], [], joint(7, 33), Options())
