@@ -102,7 +102,8 @@ class Contender:
     Args:
         function: of the leaves and ``n_text``.
         expected: the same, given float64 leaves.
-        graph: whether a CUDA graph can hold it (``compiled-max`` brings its own).
+        graph: whether a CUDA graph can hold it.
+        own_graphs: whether it brings CUDA graphs of its own (``compiled-max``).
         directions: that exist for it.
         note: what the row should say, such as the backend of SDPA.
     """
@@ -110,6 +111,7 @@ class Contender:
     function: Function
     expected: Function
     graph: bool = True
+    own_graphs: bool = False
     directions: tuple[str, ...] = ("forward", "backward", "both")
     note: str = ""
 
@@ -145,7 +147,7 @@ def make(name: str, variant: str, kind: str, dtype: str, device: str) -> Contend
         ours = fused_cacr if variant == "scores" else fused_cacr_qk
         return Contender(lambda *x: ours(*x, **options, backend=name), expected)
     if name == "loop":
-        return Contender(lambda *x: cacr_loop(*x, **options), expected, False, ("forward",))
+        return Contender(lambda *x: cacr_loop(*x, **options), expected, graph=False, directions=("forward",))
     if name == "bmm":
         return Contender(bmm_chain, bmm_chain)
     if name == "sdpa":
@@ -160,7 +162,7 @@ def make(name: str, variant: str, kind: str, dtype: str, device: str) -> Contend
     if name == "compiled-max":
         # its CUDA graphs own their outputs: a backward of an older forward cannot be replayed
         tuned = torch.compile(plain, mode="max-autotune", dynamic=False)
-        return Contender(tuned, expected, False, ("forward", "both"), "max-autotune")
+        return Contender(tuned, expected, False, True, ("forward", "both"), "max-autotune")
     return Contender(torch.compile(plain, dynamic=False), expected)
 
 

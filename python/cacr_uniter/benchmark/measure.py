@@ -62,7 +62,9 @@ def out_of_memory(error: BaseException) -> bool:
 def measure(job: Job) -> Iterator[dict[str, Any]]:
     """Rows of a job, one a direction: ``samples`` (ms), memory, errors, status."""
     shape = Shape(**job.shape)
-    torch._functorch.config.donated_buffer = False  # a compiled backward is run many times
+    compiled = "compiled" in job.contender
+    if compiled:
+        torch._functorch.config.donated_buffer = False  # a compiled backward is run many times
     try:
         inputs = _inputs(shape, job.dtype, job.device, job.seed)
         contender = make(job.contender, job.variant, job.kind, job.dtype, job.device)
@@ -71,7 +73,8 @@ def measure(job: Job) -> Iterator[dict[str, Any]]:
         status = "oom" if out_of_memory(error) else "error"
         yield {"direction": "both", "status": status, "note": f"{type(error).__name__}: {str(error)[:200]}"}
     finally:
-        torch.compiler.reset()
+        if compiled:
+            torch.compiler.reset()
         if job.device == "cuda":
             torch.cuda.empty_cache()
 
@@ -125,13 +128,17 @@ class Calls:
         self.leaves = leaves
         self.learning = [x.detach().requires_grad_() for x in leaves]
         self.differentiable = "both" in contender.directions
+        self.own_graphs = contender.own_graphs
 
     def forward(self) -> Tensor:
+        if self.own_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
         with torch.no_grad():
             return self.function(*self.leaves, self.n_text)
 
     def both(self) -> tuple[Tensor, tuple[Tensor, ...]]:
-        torch.compiler.cudagraph_mark_step_begin()
+        if self.own_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
         out = self.function(*self.learning, self.n_text)
         return out.detach(), torch.autograd.grad(out, self.learning, torch.ones_like(out))
 

@@ -102,5 +102,5 @@ def matmul_rate(ceilings: Mapping[str, float], dtype: str) -> float:
     if dtype == "float32" and "matmul tf32" in ceilings:
         rates.append(ceilings["matmul tf32"] / 3)
     if dtype != "float32":
-        rates.append(ceilings[f"matmul {dtype}"])
+        rates.append(ceilings.get(f"matmul {dtype}", 0.0))
     return max(rates)
