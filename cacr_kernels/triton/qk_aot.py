@@ -1,0 +1,155 @@
+"""Ahead-of-time gate of the query/key kernels: every launch of a forward and a backward, compiled without a GPU.
+
+``python -m cacr_kernels.triton.qk_aot`` runs the host functions on meta tensors with launches recorded, compiles what
+they would have started with the specialisation that the launcher would choose, and exits with 1 if a kernel spills more
+than 64 bytes a thread, exceeds its architecture's shared memory, or rounds the logits of 16-bit inputs to tf32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from ..problem import Options, Spans
+from . import qk_problem
+from .aot import SHARED_LIMIT, SPILL_LIMIT, inspect
+from .qk_host import qk_backward, qk_forward
+
+HEAD_SIZES = (32, 64, 80, 96, 128, 256)
+DTYPES = ("float32", "float16", "bfloat16")
+KINDS = ("scores", "softmax")
+_POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32"}
+#: constexpr flags under which one forward and backward starts a kernel twice
+_VARIANTS = ("SQUARE", "COLUMNS")
+_OPTIONS = ("num_warps", "num_stages")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration of the host functions; ragged, so that spans come from a table."""
+
+    arch: int
+    dtype: str
+    d: int
+    kind: str
+
+
+def launches(case: Case) -> dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+    """Every launch of one forward and backward by name: kernel, arguments, constexpr and options."""
+    found: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {}
+
+    def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        name = kernel.fn.__name__.removesuffix("_kernel").removeprefix("qk_")
+        variant = "".join(f" {flag.lower()}" for flag in _VARIANTS if kwargs.get(flag))
+        found[name + variant] = kernel, args, kwargs
+
+    q = torch.empty(2, 4, 256, case.d, dtype=getattr(torch, case.dtype), device="meta")
+    k = torch.empty(2, 2, 256, case.d, dtype=q.dtype, device="meta")
+    table = torch.empty(2, 4, dtype=torch.int32, device="meta")
+    problem = (Spans(0, 128, 0, 128, table), Options(kind=case.kind))  # type: ignore[arg-type]
+    with (
+        mock.patch.object(JITFunction, "run", record),
+        mock.patch.object(qk_problem, "architecture", return_value=case.arch),
+    ):
+        _, saved = qk_forward([q, k], *problem, True, 0.125)
+        qk_backward(torch.empty(2, 4, device="meta"), [q, k], saved, *problem, 0.125)
+    return found
+
+
+def specialise(value: Any, specialised: bool, path: tuple[int, ...], constants: dict, attributes: dict) -> Any:
+    """Type of an argument as the launcher sees it; constants and divisibility by 16 are noted under ``path``."""
+    if isinstance(value, tuple):
+        inner = [specialise(v, specialised, (*path, i), constants, attributes) for i, v in enumerate(value)]
+        return type(value)(*inner) if hasattr(value, "_fields") else tuple(inner)
+    if value is None or (specialised and isinstance(value, int) and value == 1):
+        constants[path] = value
+        return "constexpr"
+    if specialised and (isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0)):
+        attributes[path] = [["tt.divisibility", 16]]
+    if isinstance(value, torch.Tensor):
+        return _POINTERS[value.dtype]
+    return "fp32" if isinstance(value, float) else "i32"
+
+
+def compile_launch(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], arch: int) -> Any:
+    """The compiled kernel of one recorded launch."""
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    signature: dict[str, Any] = {}
+    for i, parameter in enumerate(kernel.params):
+        if parameter.is_constexpr:
+            signature[parameter.name] = "constexpr"
+            constants[(i,)] = kwargs[parameter.name]
+        else:
+            specialised = not parameter.do_not_specialize
+            signature[parameter.name] = specialise(args[i], specialised, (i,), constants, attributes)
+    options = {name: kwargs[name] for name in _OPTIONS if name in kwargs} | {"enable_fp_fusion": True}
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def check(case: Case) -> list[tuple[str, bool]]:
+    """One line for every launch of ``case``, and whether it is within the limits."""
+    lines = []
+    for name, (kernel, args, kwargs) in launches(case).items():
+        report = inspect(compile_launch(kernel, args, kwargs, case.arch))
+        faults = []
+        if report.spill > SPILL_LIMIT:
+            faults.append(f"spills {report.spill} B a thread, at most {SPILL_LIMIT} allowed")
+        if report.shared > SHARED_LIMIT[case.arch]:
+            faults.append(f"needs {report.shared} B of shared memory, sm_{case.arch} has {SHARED_LIMIT[case.arch]}")
+        if name == "forward" and case.dtype != "float32" and "tf32" in report.dots:
+            faults.append("rounds to tf32")
+        lines.append(
+            (
+                f"{name:24s} sm_{case.arch:<4d} {case.dtype:9s} D {case.d:<4d}{case.kind:8s} {report.registers:4d} "
+                f"registers {report.spill:6d} B spilled {report.shared:7d} B shared  {', '.join(faults)}".rstrip(),
+                not faults,
+            )
+        )
+    return lines
+
+
+def cases(architectures: list[int], dtypes: list[str], sizes: list[int], kinds: list[str]) -> Iterator[Case]:
+    for arch in architectures:
+        for dtype in dtypes:
+            for d in sizes:
+                for kind in kinds:
+                    yield Case(arch, dtype, d, kind)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m cacr_kernels.triton.qk_aot", description=__doc__)
+    parser.add_argument("--arch", type=int, nargs="*", default=list(SHARED_LIMIT), choices=list(SHARED_LIMIT))
+    parser.add_argument("--dtype", nargs="*", default=list(DTYPES), choices=DTYPES)
+    parser.add_argument("--head-size", type=int, nargs="*", default=list(HEAD_SIZES))
+    parser.add_argument("--kind", nargs="*", default=list(KINDS), choices=KINDS)
+    parser.add_argument("--jobs", type=int, default=2)
+    options = parser.parse_args(argv)
+    if os.environ.get("TRITON_INTERPRET", "0") == "1":
+        parser.error("TRITON_INTERPRET must be unset: interpreted kernels are not compiled")
+    faulty = total = 0
+    with ProcessPoolExecutor(options.jobs) as pool:
+        for lines in pool.map(check, cases(options.arch, options.dtype, options.head_size, options.kind)):
+            for line, good in lines:
+                print(line, flush=True)
+                total += 1
+                faulty += not good
+    print(f"triton {triton.__version__}: {faulty} of {total} kernels outside the limits")
+    return 1 if faulty else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
