@@ -185,7 +185,7 @@ class _Cpu:
     def qk_forward(
         self, inputs: list[Tensor], spans: Spans, options: Options, needs_grad: bool, scale: float
     ) -> tuple[Tensor, list[Tensor]]:
-        """Loss [B, H] of S = scale q k^T for [q, k] = [B, H, N, D], [B, Hk, N, D]; memory O(N D), kind softmax O(T R)."""
+        """Loss [B, H] of S = scale q k^T, q [B, H, N, D], k [B, Hk, N, D]; memory O(N D), kind softmax O(N D + T R)."""
         loss = inputs[0].new_empty(inputs[0].shape[:2], dtype=_loss_dtype(inputs))
         problem = _qk_problem(inputs, spans, options, scale)
         problem.set_loss(loss.data_ptr())
