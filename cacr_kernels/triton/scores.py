@@ -72,8 +72,8 @@ class Backward:
         first = 0 if sides[0] else n_text
         programs = sum(n_text if text else tiles(problem.n_vision, block) for text in sides)
         problem.launch(
-            backward_own_kernel, "own", programs, *self.shared, work, problem.n_heads, self.tt, self.vv, first, programs,
-            KIND=problem.kind, GRAD_X=self.grad_x, GRAD_Y=self.grad_y,
+            backward_own_kernel, "own", programs, *self.shared, work, problem.n_heads, self.tt, self.vv,
+            first, programs, KIND=problem.kind, GRAD_X=self.grad_x, GRAD_Y=self.grad_y,
         )  # fmt: skip
 
     def small(self) -> None:

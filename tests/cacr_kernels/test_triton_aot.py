@@ -1,0 +1,73 @@
+"""The launch table compiles for its architectures without a GPU and stays within their limits."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+from cacr_kernels.triton import aot
+from cacr_kernels.triton.configs import ARCHITECTURES, DTYPES, INTERPRETER, TABLE, plan
+
+ROOT = Path(__file__).parents[2]
+OLDEST = ROOT / ".cache" / "triton-3.6"
+
+
+def gate(*arguments: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """The gate as a command: the kernels of this process may be interpreted ones, which do not compile."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    if path is not None:
+        environment["PYTHONPATH"] = str(path)
+    command = [sys.executable, "-m", "cacr_kernels.triton.aot", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
+
+
+@pytest.mark.slow
+def test_a_case_of_every_kernel_is_within_the_limits():
+    done = gate("--quick")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"0 of {len(aot.QUICK)} outside the limits" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not OLDEST.exists(), reason="Triton 3.6.0 is not in .cache/triton-3.6; make aot-old-triton puts it there"
+)
+def test_the_oldest_supported_triton_compiles_them_too():
+    done = gate("--quick", path=OLDEST)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith("triton 3.6.0")
+
+
+def test_the_quick_subset_covers_everything():
+    assert {case.kernel for case in aot.QUICK} == set(aot.KERNELS)
+    assert {case.arch for case in aot.QUICK} == set(ARCHITECTURES)
+    assert {case.dtype for case in aot.QUICK} == set(DTYPES)
+    assert {case.kind for case in aot.QUICK} == set(aot.KINDS)
+
+
+def test_the_table_is_complete():
+    for arch in ARCHITECTURES:
+        for dtype in DTYPES:
+            assert set(TABLE[arch][dtype].kernels) == set(aot.KERNELS) == set(INTERPRETER.kernels)
+    assert plan(87, "float32") is TABLE[86]["float32"]
+    assert plan(103, "bfloat16") is TABLE[100]["bfloat16"]
+    assert plan(120, "float32") is TABLE[89]["float32"]
+
+
+def test_the_gate_finds_faults():
+    case = aot.Case("own", 86, "float32", "scores")
+    assert aot.Report(255, 64, 99 << 10, frozenset()).faults(case) == []
+    assert "spills" in aot.Report(255, 65, 0, frozenset()).faults(case)[0]
+    assert "shared memory" in aot.Report(255, 0, (99 << 10) + 1, frozenset()).faults(case)[0]
+    assert "tf32" in aot.Report(255, 0, 0, frozenset({"tf32"})).faults(case)[0]
+
+
+def test_float32_never_uses_tf32_but_in_three_products():
+    for arch in ARCHITECTURES:
+        assert plan(arch, "float32").dot in ("ieee", "tf32x3")
+        assert plan(arch, "float16").dot == plan(arch, "bfloat16").dot == "split"
