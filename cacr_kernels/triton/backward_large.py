@@ -134,11 +134,7 @@ def cross_tile(
     return b_df
 
 
-@triton.jit(
-    do_not_specialize=[
-        "tt", "tv", "vt", "vv", "spans", "stats", "work", "n_heads", "grad_tv", "grad_vt", "is_text", "n_tiles_c", "n_tiles",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=[*UNSPECIALIZED, "grad_tv", "grad_vt", "is_text", "n_tiles_c", "n_tiles"])
 def large_cross_kernel(
     tt,  # Block: S_tt [B, H, T, T]
     tv,  # Block: S_tv [B, H, T, R]
@@ -160,7 +156,7 @@ def large_cross_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """dS_ab of one side from dF, tiles [J, C]. Kind "softmax": P (dF - rowsum(P dF)), all C of a tile J in one program."""
+    """dS_ab of one side from dF, tiles [J, C]. Kind "softmax": P (dF - rowsum(P dF)), whole rows in one program."""
     i_problem = tl.program_id(0) // n_tiles
     i_tile = tl.program_id(0) % n_tiles
     side = open_side(tt, tv, vt, vv, spans, stats, i_problem, n_heads, is_text)
