@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
 from cacr_uniter.errors import UserError
 from cacr_uniter.model import UniterConfig, UniterForRetrieval
 from cacr_uniter.model.checkpoint import export_safetensors, load_checkpoint, read_state_dict
-from safetensors.torch import load_file
-from torch import Tensor
 
 TINY = UniterConfig(
     vocab_size=30,

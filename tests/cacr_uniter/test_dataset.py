@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from cacr_uniter.data.dataset import RetrievalDataset
 from cacr_uniter.data.lmdb import ImageDB, ImageDBWriter, TextDB, TextDBWriter
 from cacr_uniter.errors import UserError

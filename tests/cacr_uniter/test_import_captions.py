@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from cacr_uniter.data.check import check_database
 from cacr_uniter.data.importers import import_captions
 from cacr_uniter.data.lmdb import ImageDBWriter, TextDB, TextDBWriter

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from cacr_uniter.data.check import check_database
 from cacr_uniter.data.importers import FORMATS, import_features
 from cacr_uniter.data.importers.names import image_namer

@@ -15,6 +15,7 @@ import lz4.frame
 import msgpack
 import numpy as np
 import pytest
+
 from cacr_uniter.data import codec
 from cacr_uniter.data.lmdb import BoxRule, ImageDB, ImageDBWriter, TextDB, TextDBWriter
 from cacr_uniter.data.lmdb_store import COMMIT_EVERY, Writer

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from cacr_uniter.data.batch import Batch, collate
 from cacr_uniter.errors import UserError
 from cacr_uniter.model import UniterConfig, UniterForRetrieval
-from torch import nn
 
 TINY = UniterConfig(
     vocab_size=40,

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import pytest
+from tokenizers import BertWordPieceTokenizer
+
 from cacr_uniter.data.tokenize import WordPieceTokenizer, train_vocabulary, write_vocabulary
 from cacr_uniter.errors import UserError
-from tokenizers import BertWordPieceTokenizer
 
 CAPTIONS = [
     "A red apple on a wooden table.",
