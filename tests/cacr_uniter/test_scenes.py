@@ -48,8 +48,8 @@ def test_relations_by_hand(phrase: str, a: Box, b: Box, expected: bool | None) -
 def test_a_relation_and_its_inverse_agree_and_exclude_each_other() -> None:
     rng = np.random.default_rng(1)
     for _ in range(500):
-        corners = rng.integers(0, 60, (2, 2))
-        a, b = (Box(int(x), int(y), int(x + w), int(y + h)) for (x, y), (w, h) in zip(corners, rng.integers(4, 40, (2, 2))))
+        corners, sides = rng.integers(0, 60, (2, 2)).tolist(), rng.integers(4, 40, (2, 2)).tolist()
+        a, b = (Box(x, y, x + w, y + h) for (x, y), (w, h) in zip(corners, sides, strict=True))
         for phrase, relation in RELATIONS.items():
             assert is_true(phrase, a, b, SIZE) == is_true(relation.inverse, b, a, SIZE)
             assert not (is_true(phrase, a, b, SIZE) and is_true(relation.inverse, a, b, SIZE))
@@ -73,10 +73,8 @@ def test_captions_and_swaps() -> None:
 
 def test_truth_of_statements_needs_some_fitting_pair() -> None:
     red, blue = {"colour": "red"}, {"colour": "blue"}
-    scene = Scene(
-        SIZE,
-        (Item("star", Box(0, 0, 10, 10), red), Item("star", Box(80, 0, 90, 10), blue), Item("oval", Box(40, 0, 70, 28))),
-    )
+    stars = Item("star", Box(0, 0, 10, 10), red), Item("star", Box(80, 0, 90, 10), blue)
+    scene = Scene(SIZE, (*stars, Item("oval", Box(40, 0, 70, 28))))
 
     def holds(colour: str, relation: str) -> bool | None:
         return Statement(Mention("star", (("colour", colour),)), Mention("oval"), relation).holds(scene)
@@ -217,7 +215,7 @@ def test_sprites_are_found_by_their_captions(tmp_path) -> None:
 
 @pytest.mark.parametrize(
     ("line", "noun"),
-    [("A red apple.", "red apple"), ("An owl", "owl"), ("The Sun.", "sun"), ("Five.", None), ("", None), ("A 7.", None)],
+    [("A red apple.", "red apple"), ("An owl", "owl"), ("The Sun.", "sun"), ("Five.", None), ("", None)],
 )
 def test_caption_lines(tmp_path, line: str, noun: str | None) -> None:
     path = tmp_path / "x.txt"

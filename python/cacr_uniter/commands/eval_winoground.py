@@ -97,8 +97,12 @@ def show(report: dict[str, Any], wanted: Sequence[str] = ()) -> None:
 
 
 def _cells(numbers: dict[str, Any]) -> list[str]:
-    rated = [numbers[m] for m in METRICS]
-    return [f"{r['score']:.2f} [{r['ci95'][0]:.1f}, {r['ci95'][1]:.1f}]" for r in rated]
+    return [f"{numbers[m]['score']:.2f} [{', '.join(map(_end, numbers[m]['ci95']))}]" for m in METRICS]
+
+
+def _end(percent: float) -> str:
+    """An interval's end with one decimal; a full hundred without, so that tables fit 80 columns."""
+    return f"{percent:.1f}".replace("100.0", "100")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -10,15 +10,20 @@ from contextlib import contextmanager
 def bars() -> Iterator[Callable[[str, int, int], None]]:
     """A function (what, done, total) that shows one bar per `what`."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description:>20}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    tasks: dict[str, object] = {}
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    tasks: dict[str, TaskID] = {}
+    progress = Progress(*columns, console=Console(stderr=True))
 
-        def update(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = progress.add_task(what, total=total)
-            progress.update(tasks[what], completed=done, total=total)  # type: ignore[arg-type]
+    def update(what: str, done: int, total: int) -> None:
+        if what not in tasks:
+            progress.start()
+            tasks[what] = progress.add_task(what, total=total)
+        progress.update(tasks[what], completed=done, total=total)
 
+    try:
         yield update
+    finally:
+        if tasks:
+            progress.stop()

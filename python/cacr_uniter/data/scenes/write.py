@@ -65,6 +65,8 @@ def write_scenes(
         UserError: `out` exists, an option is wrong, a folder cannot be written.
     """
     settings.check()
+    if settings.vocab is not None:
+        WordPieceTokenizer(settings.vocab)
     if out.exists():
         raise UserError(f"--out: {out} exists already; remove it or choose another folder")
     catalogue, sampler = _world(settings)
@@ -164,7 +166,6 @@ def _write_texts(folder: Path, settings: SceneSettings, pictures: dict[str, list
     if settings.vocab is None:
         write_vocabulary(train_vocabulary(s.caption() for p in pictures["train"] for s in p.statements), vocab)
     else:
-        WordPieceTokenizer(settings.vocab)
         shutil.copyfile(settings.vocab, vocab)
     tokenizer = WordPieceTokenizer(vocab, lowercase=settings.vocab is not None and "uncased" in str(settings.vocab))
     (folder / "txt").mkdir()
