@@ -59,8 +59,10 @@ def store_rows(stats, spans, i_bh, is_text, o_m, mask_m, m_x, l_x, a_x, m_y, l_y
     tl.store(p + rows, tl.where(mask_m, l_x, 0.0), mask=mask)
     tl.store(p + 2 * rows, tl.where(mask_m, m_y, 0.0), mask=mask)
     tl.store(p + 3 * rows, tl.where(mask_m, l_y, 0.0), mask=mask)
-    tl.store(p + 4 * rows, tl.where(mask_m, a_x / l_x * 0.6931471805599453, 0.0), mask=mask)
-    tl.store(p + 5 * rows, tl.where(mask_m, a_y / l_y * 0.6931471805599453, 0.0), mask=mask)
+    e_p = a_x / tl.where(mask_m, l_x, 1.0) * 0.6931471805599453
+    e_q = a_y / tl.where(mask_m, l_y, 1.0) * 0.6931471805599453
+    tl.store(p + 4 * rows, tl.where(mask_m, e_p, 0.0), mask=mask)
+    tl.store(p + 5 * rows, tl.where(mask_m, e_q, 0.0), mask=mask)
     if not SOFTMAX:
         tl.store(p + 6 * rows, tl.zeros_like(m_x), mask=mask)
         tl.store(p + 7 * rows, tl.zeros_like(m_x), mask=mask)

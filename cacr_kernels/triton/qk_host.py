@@ -5,7 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..problem import Options, Spans
+from .qk_launch import LARGEST_HEAD
 from .qk_scores import scores_qk_backward, scores_qk_forward
+from .qk_softmax import softmax_qk_backward, softmax_qk_forward
 
 
 def qk_forward(
@@ -13,10 +15,16 @@ def qk_forward(
 ) -> tuple[Tensor, list[Tensor]]:
     """Loss [B, H] in float32 from q [B, H, N, D] and k [B, Hk, N, D], and what the backward needs.
 
-    Saved for kind "scores": row numbers [B, H, 8, n_text + n_vision], D x D products [B, H, 2, 3, D, D] (float32).
+    Saved, float32: row numbers [B, H, 8, n_text + n_vision]; kind "scores": D x D products [B, H, 2, 3, D, D] too.
     """
     q, k = inputs
-    return scores_qk_forward(q, k, spans, options, needs_grad, scale)
+    if q.shape[-1] > LARGEST_HEAD:
+        raise ValueError(
+            f"q's head size must be at most {LARGEST_HEAD} on backend 'triton'; got {q.shape[-1]}: "
+            "use backend='reference'"
+        )
+    forward = softmax_qk_forward if options.kind == "softmax" else scores_qk_forward
+    return forward(q, k, spans, options, needs_grad, scale)
 
 
 def qk_backward(
@@ -24,4 +32,5 @@ def qk_backward(
 ) -> list[Tensor]:
     """[grad_q [B, H, N, D], grad_k [B, Hk, N, D]] of sum(grad_loss * loss), contiguous, in the inputs' dtypes."""
     q, k = inputs
-    return scores_qk_backward(grad_loss, q, k, saved, spans, options, scale)
+    backward = softmax_qk_backward if options.kind == "softmax" else scores_qk_backward
+    return backward(grad_loss, q, k, saved, spans, options, scale)
