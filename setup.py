@@ -83,9 +83,10 @@ class CMakeBuild(build_ext):
             f"-DCACR_FORCE_CUDA={'ON' if force else 'OFF'}",
             f"-DCACR_NO_CUDA={'ON' if hide else 'OFF'}",
         ]
+        environment = dict(os.environ)
         nvcc = None if hide else find_nvcc()
         if nvcc is not None:
-            arguments.append(f"-DCMAKE_CUDA_COMPILER={nvcc}")
+            environment["CUDACXX"] = str(nvcc)  # unlike CMAKE_CUDA_COMPILER, this is tried before it is believed
         if architectures := os.environ.get("CMAKE_CUDA_ARCHITECTURES"):
             arguments.append(f"-DCMAKE_CUDA_ARCHITECTURES={architectures}")
         arguments += shlex.split(os.environ.get("CMAKE_ARGS", ""))
@@ -93,7 +94,9 @@ class CMakeBuild(build_ext):
         (build / "CMakeCache.txt").unlink(missing_ok=True)
         cmake = tool("cmake")
         try:
-            subprocess.run([cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *arguments], check=True)
+            subprocess.run(
+                [cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *arguments], check=True, env=environment
+            )
             subprocess.run([cmake, "--build", str(build)], check=True)
         except subprocess.CalledProcessError as error:
             raise SystemExit(
@@ -106,4 +109,5 @@ class CMakeBuild(build_ext):
         shutil.copy2(built[0], target)
 
 
-setup(ext_modules=[CMakeExtension("cacr_kernels._native")], cmdclass={"build_ext": CMakeBuild})
+if __name__ == "__main__":
+    setup(ext_modules=[CMakeExtension("cacr_kernels._native")], cmdclass={"build_ext": CMakeBuild})
