@@ -16,7 +16,7 @@ _CPU_SIZES = {"copy": 1 << 26, "matmul": 1024, "exp": 1 << 14}
 _CUDA_SIZES = {"copy": 1 << 28, "matmul": 8192, "exp": 1 << 22}
 
 
-def measure_ceilings(device: str, seconds: float = 0.5, scale: float = 1.0) -> dict[str, float]:
+def measure_ceilings(device: str, seconds: float = 0.5, scale: float = 1.0, clock: str = "wall") -> dict[str, float]:
     """Best rates per second of this machine (the 20th percentile of the times).
 
     copy: bytes read plus written by a copy that no cache holds. matmul X: library product of two square matrices in
@@ -27,13 +27,14 @@ def measure_ceilings(device: str, seconds: float = 0.5, scale: float = 1.0) -> d
     Args:
         seconds: spent on each.
         scale: of the sizes, for tests.
+        clock: of a CPU, see ``timing``.
     """
     sizes = {
         name: max(int(size * scale), 64) for name, size in (_CUDA_SIZES if device == "cuda" else _CPU_SIZES).items()
     }
 
     def rate(amount: float, run: Callable[[], object]) -> float:
-        return amount / (timer_for(device)(lambda: run, seconds, False).p20_ms / 1e3)
+        return amount / (timer_for(device, clock)(lambda: run, seconds, False).p20_ms / 1e3)
 
     found = {"copy": rate(*_copy(torch.randn(sizes["copy"], device=device)))}
     n = sizes["matmul"]

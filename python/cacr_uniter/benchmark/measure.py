@@ -29,6 +29,7 @@ class Job:
     Args:
         what: ``time``, ``memory`` or both, joined by ``+``.
         seconds: of timing a direction.
+        clock: of a CPU, see ``timing``.
     """
 
     shape: dict[str, Any]
@@ -40,6 +41,7 @@ class Job:
     seconds: float
     what: str = "time+memory"
     seed: int = 0
+    clock: str = "wall"
 
     @property
     def columns(self) -> dict[str, Any]:
@@ -97,7 +99,7 @@ def _measure(job: Job, shape: Shape, contender: Contender, inputs: Inputs) -> It
         if wrong:
             yield {**row, "direction": "both", "status": "wrong"}
             return
-    timer = timer_for(job.device)
+    timer = timer_for(job.device, job.clock)
     for direction in contender.directions:
         result = dict(row, direction=direction, status="ok")
         try:

@@ -35,10 +35,11 @@ class Plan:
         seconds: of timing each direction.
         processes: fresh processes in which a CPU is timed; their samples are put together.
         longest: a contender whose least work takes longer than so many seconds is skipped.
-        budget: seconds after which nothing new is started.
+        budget: seconds after the ceilings, after which nothing new is started.
         compiled: whether torch.compile takes part (compiling costs more than measuring).
         contenders: only these; none means all.
         threads: of a CPU; default torch's own choice.
+        clock: of a CPU: ``wall``, or ``process`` for one thread on a busy machine.
     """
 
     shapes: tuple[Shape, ...]
@@ -52,6 +53,7 @@ class Plan:
     compiled: bool = True
     contenders: tuple[str, ...] = ()
     threads: int | None = None
+    clock: str = "wall"
 
     def jobs(self, shape: Shape, dtype: str) -> list[Job]:
         """All contenders of one shape and dtype, in the order in which they run."""
@@ -62,16 +64,15 @@ class Plan:
                     continue
                 for name in names(variant, kind, self.device, dtype):
                     if self._takes_part(name, shape):
-                        found.append(
-                            Job(shape.as_dict(), dtype, variant, kind, name, self.device, self.seconds)
-                        )  # fmt: skip
+                        named = (shape.as_dict(), dtype, variant, kind, name)
+                        found.append(Job(*named, self.device, self.seconds, clock=self.clock))
         return found
 
     def _takes_part(self, name: str, shape: Shape) -> bool:
+        if name == "loop" and shape.problems * (shape.n_text * shape.n_vision) ** 2 > LOOP_LIMIT:
+            return False
         if self.contenders:
             return name in self.contenders
-        if name == "loop":
-            return shape.problems * (shape.n_text * shape.n_vision) ** 2 <= LOOP_LIMIT
         return self.compiled or "compiled" not in name
 
 
@@ -81,8 +82,8 @@ def run_benchmark(plan: Plan, out: Path, progress: Progress) -> list[Row]:
     Returns:
         The rows of ``kernels.csv`` that were written.
     """
+    ceilings = measured_ceilings(plan.device, out, 0.3 if plan.seconds < 0.5 else 1.0, plan.threads, plan.clock)
     deadline = time.monotonic() + plan.budget
-    ceilings = measured_ceilings(plan.device, out, 0.3 if plan.seconds < 0.5 else 1.0, plan.threads)
     pairs = [[(shape, job) for job in plan.jobs(shape, dtype)] for shape in plan.shapes for dtype in plan.dtypes]
     total = sum(len(pair) for pair in pairs)
     # a GPU process serves every pair: its start and its compiled kernels are paid once
@@ -100,9 +101,13 @@ def run_benchmark(plan: Plan, out: Path, progress: Progress) -> list[Row]:
     return written
 
 
-def measured_ceilings(device: str, out: Path, seconds: float, threads: int | None = None) -> dict[str, float]:
+def measured_ceilings(
+    device: str, out: Path, seconds: float, threads: int | None = None, clock: str = "wall"
+) -> dict[str, float]:
     """Measures the ceilings and appends them to ``out/ceilings.csv``."""
-    for _, rows in run_tasks([("ceilings", {"device": device, "seconds": seconds})], device, threads=threads):
+    for _, rows in run_tasks(
+        [("ceilings", {"device": device, "seconds": seconds, "clock": clock})], device, threads=threads
+    ):
         found = rows[-1]
         if "copy" not in found:
             raise UserError(f"the ceilings of this machine could not be measured: {found.get('note', found)}")

@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -20,7 +21,7 @@ Prepare = Callable[[], Callable[[], object]]
 
 @dataclass(frozen=True)
 class Times:
-    """Milliseconds over ``repeats`` calls; ``samples`` are all of them; ``timer`` is graph, events or clock."""
+    """Milliseconds over ``repeats`` calls; ``samples`` are all of them; ``timer`` is graph, events, wall or process."""
 
     samples: tuple[float, ...]
     timer: str
@@ -42,26 +43,33 @@ class Timer(Protocol):
     def __call__(self, prepare: Prepare, seconds: float, graph: bool) -> Times: ...
 
 
-def timer_for(device: str) -> Timer:
-    return time_cuda if device == "cuda" else time_cpu
+def timer_for(device: str, clock: str = "wall") -> Timer:
+    """The timer of a device; on a CPU ``clock`` is ``wall`` or ``process`` (see ``time_cpu``)."""
+    return time_cuda if device == "cuda" else partial(time_cpu, clock=clock)
 
 
-def time_cpu(prepare: Prepare, seconds: float, graph: bool) -> Times:
-    """Warm-up, then calls for ``seconds`` (at least ``LEAST``, or one if a single call takes longer than that)."""
+def time_cpu(prepare: Prepare, seconds: float, graph: bool, clock: str = "wall") -> Times:
+    """Warm-up, then calls for ``seconds`` (at least ``LEAST``, or one if a single call takes twice as long).
+
+    Args:
+        clock: ``wall``, or ``process``: the processor time of this process, which is the time of a call where one
+            thread computes and others of a busy machine interrupt it.
+    """
+    now = time.process_time if clock == "process" else time.perf_counter
     run = prepare()
-    start = time.perf_counter()
+    start = now()
     run()
-    warm = time.perf_counter() - start
+    warm = now() - start
     if warm < seconds / 20:
         run()
     samples: list[float] = []
     least = 1 if warm > 2 * seconds else LEAST
     deadline = time.perf_counter() + seconds
     while len(samples) < least or (time.perf_counter() < deadline and len(samples) < MOST):
-        start = time.perf_counter()
+        start = now()
         run()
-        samples.append(1e3 * (time.perf_counter() - start))
-    return Times(tuple(samples), "clock")
+        samples.append(1e3 * (now() - start))
+    return Times(tuple(samples), clock)
 
 
 def time_cuda(prepare: Prepare, seconds: float, graph: bool) -> Times:

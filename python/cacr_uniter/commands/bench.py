@@ -77,6 +77,8 @@ def _kernels(argv: list[str]) -> int:
     add("--seconds", type=float, help="of timing each direction (default: 0.2 quick, 1 full)")
     add("--processes", type=int, help="fresh processes in which a CPU is timed (default: 1 quick, 3 full)")
     add("--threads", type=int, help="of a CPU (default: torch's own choice)")
+    add("--clock", choices=("wall", "process"), default="wall", help="process: processor time, for --threads 1 on a "
+        "CPU that others use too")  # fmt: skip
     add("--budget", type=float, help="seconds after which no new shape is started (default: 40 quick, none full)")
     args = parser.parse_args(argv)
 
@@ -93,10 +95,13 @@ def _kernels(argv: list[str]) -> int:
     with bars() as progress:
         rows = run_benchmark(plan, out, progress)
     print(kernel_table([{k: "" if v is None else str(v) for k, v in row.items()} for row in rows]))
+    reasons: dict[str, list[str]] = {}
     for row in rows:
         if row["status"] != "ok":
-            names = ", ".join(row[name] for name in ("shape", "dtype", "variant", "kind", "contender"))
-            print(f"{row['status']}: {names}: {row.get('note', 'its result is wrong')}")
+            name = " ".join(row[column] for column in ("shape", "dtype", "variant", "kind", "contender"))
+            reasons.setdefault(f"{row['status']}: {row.get('note') or 'see its errors above'}", []).append(name)
+    for reason, which in reasons.items():
+        print(f"{reason} ({', '.join(which[:3])}{f' and {len(which) - 3} more' if len(which) > 3 else ''})")
     print(f"appended to {out / 'kernels.csv'}; pictures: cacr bench plot --out {out}")
     return 0
 
@@ -116,6 +121,8 @@ def make_plan(args: argparse.Namespace, device: str) -> Plan:
         value = getattr(args, name)
         if value is not None and not value > 0:
             raise UserError(f"--{name} is {value}: give a positive number")
+    if args.clock == "process" and (device != "cpu" or args.threads != 1):
+        raise UserError("--clock process counts the time of one thread of a CPU: give --device cpu --threads 1 too")
     shapes = preset_shapes(args.preset, device)
     cpu_quick = quick and device == "cpu"
     return _Plan(
@@ -128,6 +135,7 @@ def make_plan(args: argparse.Namespace, device: str) -> Plan:
         longest=(2.0 if quick else 20.0) if device == "cpu" else 5.0,
         budget=args.budget or (40.0 if quick else float("inf")),
         threads=args.threads,
+        clock=args.clock,
         compiled=not cpu_quick,
         contenders=tuple(args.contenders or ()),
     )
