@@ -239,10 +239,11 @@ def main(argv: list[str], parser: argparse.ArgumentParser) -> int:
     origin: dict[str, Any] = provenance(device_of(names[0]))
     with bars() as progress:
         made = tables(QUICK if args.quick else CASES, names, progress)
+    counts = sorted({case.count for case in (QUICK if args.quick else CASES)})
     made = (
         f"Measured {origin['date'][:10]} on {origin['device']}, torch {origin['torch']}, "
-        f"commit {origin['commit'] or 'unknown'}; root mean square over {COUNT} seeded problems "
-        f"({min(case.count for case in CASES)} where R = 1024).\n\n{made}"
+        f"commit {origin['commit'] or 'unknown'}; root mean square over {' or '.join(map(str, counts))} seeded "
+        f"problems a line{' (quick selection)' if args.quick else ''}.\n\n{made}"
     )
     if before is None:
         print(made)
