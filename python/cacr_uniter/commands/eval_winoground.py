@@ -47,18 +47,10 @@ def _from_file(args: argparse.Namespace) -> tuple[list[str], Scores, list[Exampl
 
 def _from_model(args: argparse.Namespace) -> tuple[list[str], Scores, list[Example]]:
     from cacr_uniter.commands.progress import bars
-    from cacr_uniter.data.dataset import RetrievalDataset
-    from cacr_uniter.data.image_db import ImageDB
-    from cacr_uniter.data.text_db import TextDB
-    from cacr_uniter.evaluation.scoring import load_model, pick_device, score_examples
+    from cacr_uniter.evaluation.scoring import load_model, open_examples, pick_device, score_examples
 
-    if args.data is None and None in (args.examples, args.text, args.images):
-        raise UserError("--checkpoint needs --data DIR of a scene set, or --examples, --text and --images")
-    root = args.data
-    examples = read_examples(args.examples or root / "winoground.json")
-    text_db = TextDB(args.text or root / "txt" / "winoground.db")
-    dataset = RetrievalDataset(text_db, ImageDB(args.images or root / "img"))
-    vocab_size = int(text_db.meta["v_range"][1])
+    dataset, examples = open_examples(args.data, args.examples, args.text, args.images)
+    vocab_size = int(dataset.text_db.meta["v_range"][1])
     device = pick_device(args.device)
     model = load_model(args.checkpoint, args.model_size, vocab_size, dataset.feature_dim, device)
     with bars() as progress:

@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cacr_uniter.data.dataset import RetrievalDataset
+from cacr_uniter.data.image_db import ImageDB
+from cacr_uniter.data.text_db import TextDB
 from cacr_uniter.errors import UserError
-from cacr_uniter.evaluation.examples import Example
+from cacr_uniter.evaluation.examples import Example, read_examples
 from cacr_uniter.model.checkpoint import load_checkpoint
 from cacr_uniter.model.config import UniterConfig
 from cacr_uniter.model.uniter import Output, UniterForRetrieval
@@ -104,6 +106,26 @@ def _caption_ids(example: Example, dataset: RetrievalDataset) -> tuple[str, str]
             raise UserError(f"example {example.id}: no caption of {image} in the text database reads {caption!r}")
         found.append(own[0])
     return found[0], found[1]
+
+
+def open_examples(
+    scenes: Path | None, path: Path | None = None, text: Path | None = None, images: Path | None = None
+) -> tuple[RetrievalDataset, list[Example]]:
+    """Captions and regions of a Winoground-like set, and its examples.
+
+    Args:
+        scenes: scene set; it stands for the three others where they are None.
+        path: examples, see `read_examples`.
+        text, images: databases of the captions and of the region features.
+
+    Raises:
+        UserError: neither a scene set nor all three, or one of them is missing or damaged.
+    """
+    if scenes is None and (path is None or text is None or images is None):
+        raise UserError("--checkpoint needs --data DIR of a scene set, or --examples, --text and --images")
+    root = scenes or Path()
+    examples = read_examples(path or root / "winoground.json")
+    return RetrievalDataset(TextDB(text or root / "txt" / "winoground.db"), ImageDB(images or root / "img")), examples
 
 
 def load_model(path: Path, size: str | None, vocab_size: int, img_dim: int, device: torch.device) -> UniterForRetrieval:

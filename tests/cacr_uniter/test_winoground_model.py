@@ -1,0 +1,171 @@
+"""From scenes to scores by the commands alone: write, train a few steps, evaluate the checkpoint and its score file."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cacr_uniter import cli
+from cacr_uniter.data.dataset import RetrievalDataset
+from cacr_uniter.errors import UserError
+from cacr_uniter.evaluation.examples import Example
+from cacr_uniter.evaluation.scoring import load_model, open_examples, pick_device, score_examples, score_pairs
+from cacr_uniter.model import UniterForRetrieval
+from cacr_uniter.model.checkpoint import export_safetensors
+
+TINY = (
+    *("--model.hidden_size=16", "--model.num_hidden_layers=2", "--model.num_attention_heads=2"),
+    *("--model.intermediate_size=32", "--optim.steps=3", "--optim.warmup=1", "--run.validate_every=0"),
+    *("--run.tensorboard=false", "--run.report=false", "--run.device=cpu", "--batch.anchors=4"),
+)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `scenes` and a finished `run`."""
+    folder = tmp_path_factory.mktemp("world")
+    scenes = [
+        "--out",
+        str(folder / "scenes"),
+        "--n-train",
+        "24",
+        "--n-val",
+        "8",
+        "--n-winoground",
+        "12",
+        "--size",
+        "64",
+    ]
+    assert cli.main(["data", "scenes", "--out", str(folder / "scenes"), *sizes]) == 0
+    train = ["--preset", "demo", f"--data.scenes={folder / 'scenes'}", f"--run.out={folder / 'run'}", *TINY]
+    assert cli.main(["train", *train]) == 0
+    return folder
+
+
+def evaluate(world: Path, capsys: pytest.CaptureFixture[str], *argv: str) -> dict:
+    capsys.readouterr()
+    checkpoint, data = str(world / "run"), str(world / "scenes")
+    assert cli.main(["eval", *argv[:1], "--checkpoint", checkpoint, "--data", data, "--json", *argv[1:]]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def model_and_data(world: Path) -> tuple[UniterForRetrieval, RetrievalDataset, list[Example]]:
+    dataset, examples = open_examples(world / "scenes")
+    vocab_size = int(dataset.text_db.meta["v_range"][1])
+    return load_model(world / "run", None, vocab_size, 2048, torch.device("cpu")), dataset, examples
+
+
+def test_a_checkpoint_and_its_score_file_give_the_same(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scores = world / "scores.jsonl"
+    report = evaluate(world, capsys, "winoground", "--write-scores", str(scores))
+    assert report["n"] == 12
+    assert {v: part["n"] for v, part in report["breakdowns"]["split"].items()} == {"seen": 6, "held_out": 6}
+    examples = str(world / "scenes" / "winoground.json")
+    assert cli.main(["eval", "winoground", "--scores", str(scores), "--examples", examples, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == report
+
+
+def test_scores_are_those_of_single_pairs_in_any_batch(world: Path) -> None:
+    model, dataset, examples = model_and_data(world)
+    found = score_examples(model, dataset, examples, batch_size=5)
+    torch.testing.assert_close(found, score_examples(model, dataset, examples, batch_size=48), rtol=0, atol=1e-5)
+    for n, example in enumerate(examples[:3]):
+        assert example.caption_ids is not None
+        for c in (0, 1):
+            for i in (0, 1):
+                with torch.inference_mode():
+                    single = model(dataset.batch([(example.caption_ids[c], example.images[i])])).rank_scores.item()
+                assert found[n, c, i] == pytest.approx(single, abs=1e-5)
+    assert np.ptp(found) > 1e-4
+
+
+def test_the_two_heads_and_the_mode_of_the_model(world: Path) -> None:
+    model, dataset, examples = model_and_data(world)
+    rank, itm = (score_examples(model, dataset, examples, head) for head in ("rank", "itm"))
+    assert not np.allclose(rank, itm)
+    pair = (examples[0].caption_ids[0], examples[0].images[0])  # type: ignore[index]
+    with torch.inference_mode():
+        logits = model(dataset.batch([pair])).itm_logits[0]
+    assert itm[0, 0, 0] == pytest.approx((logits[1] - logits[0]).item(), abs=1e-5)
+    model.train()
+    score_pairs(model, dataset, [pair])
+    assert model.training
+
+
+def test_captions_of_published_examples_are_found_by_their_text(world: Path) -> None:
+    model, dataset, examples = model_and_data(world)
+    bare = [Example(e.id, e.captions, e.images) for e in examples]
+    np.testing.assert_array_equal(score_examples(model, dataset, bare), score_examples(model, dataset, examples))
+    with pytest.raises(UserError, match="reads 'no such caption'"):
+        score_examples(model, dataset, [Example("0", ("no such caption", "x"), examples[0].images)])
+    lost = Example("0", ("", ""), ("absent.npz", "absent.npz"), examples[0].caption_ids)
+    with pytest.raises(UserError, match=r"image 'absent\.npz' is not in the database"):
+        score_examples(model, dataset, [lost])
+
+
+def test_diverged_weights_are_named(world: Path) -> None:
+    model, dataset, examples = model_and_data(world)
+    with torch.no_grad():
+        model.rank_output.weight.fill_(float("nan"))
+    with pytest.raises(UserError, match="not finite"):
+        score_examples(model, dataset, examples)
+
+
+def test_a_weights_file_needs_its_size(world: Path, tmp_path: Path) -> None:
+    model, dataset, examples = model_and_data(world)
+    export_safetensors(model, tmp_path / "weights.safetensors")
+    sizes = {key: value for key, value in model.config.to_dict().items() if key != "img_dim"}
+    (tmp_path / "size.json").write_text(json.dumps(sizes))
+    vocab, cpu = model.config.vocab_size, torch.device("cpu")
+    again = load_model(tmp_path / "weights.safetensors", str(tmp_path / "size.json"), vocab, 2048, cpu)
+    np.testing.assert_array_equal(score_examples(again, dataset, examples), score_examples(model, dataset, examples))
+    for path, size, width, message in (
+        (world / "run", "base", 2048, "--model-size is for weights files"),
+        (world / "scenes", None, 2048, "holds no checkpoint"),
+        (world / "run", None, 1024, "must belong together"),
+        (tmp_path / "absent.pt", str(tmp_path / "size.json"), 2048, "no such file"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_model(path, size, vocab, width, cpu)
+
+
+def test_devices_that_are_not_there_are_refused() -> None:
+    with pytest.raises(UserError, match="--device warp"):
+        pick_device("warp")
+    assert pick_device("cpu") == torch.device("cpu")
+
+
+def test_retrieval_command_and_its_resumption(world: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    whole = evaluate(world, capsys, "retrieval", "--out", str(tmp_path / "all"), "--block", "3")
+    assert whole["images"] == 8
+    assert whole["captions"] > 16
+    assert 0 <= whole["ir_r1"] <= whole["ir_r5"] <= whole["ir_r10"] <= 100
+    (tmp_path / "all" / "part-000001.npy").unlink()
+    assert evaluate(world, capsys, "retrieval", "--out", str(tmp_path / "all"), "--block", "3") == whole
+    part = evaluate(world, capsys, "retrieval", "--out", str(tmp_path / "some"), "--max-images", "3")
+    assert part["images"] == 3
+    again = ["retrieval", "--checkpoint", str(world / "run"), "--data", str(world / "scenes"), "--head", "itm"]
+    assert cli.main(["eval", *again, "--out", str(tmp_path / "all"), "--block", "3"]) == 2
+    assert "different head" in capsys.readouterr().err
+
+
+def test_two_processes_share_the_matrix(
+    world: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Process 0 is this one; it waits for the parts of process 1."""
+    alone = evaluate(world, capsys, "retrieval", "--out", str(tmp_path / "alone"), "--block", "2")
+    words = ["--checkpoint", str(world / "run"), "--data", str(world / "scenes"), "--block", "2", "--device", "cpu"]
+    command = [sys.executable, "-m", "cacr_uniter.cli", "eval", "retrieval", *words, "--out", str(tmp_path / "two")]
+    other = subprocess.Popen(command, env={**os.environ, "RANK": "1", "WORLD_SIZE": "2"}, stdout=subprocess.PIPE)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    together = evaluate(world, capsys, "retrieval", "--out", str(tmp_path / "two"), "--block", "2")
+    assert other.communicate(timeout=120)[0] == b"", "only process 0 prints"
+    assert other.returncode == 0
+    assert together == alone
