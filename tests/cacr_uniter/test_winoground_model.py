@@ -31,18 +31,7 @@ TINY = (
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `scenes` and a finished `run`."""
     folder = tmp_path_factory.mktemp("world")
-    scenes = [
-        "--out",
-        str(folder / "scenes"),
-        "--n-train",
-        "24",
-        "--n-val",
-        "8",
-        "--n-winoground",
-        "12",
-        "--size",
-        "64",
-    ]
+    sizes = ["--n-train", "24", "--n-val", "8", "--n-winoground", "12", "--size", "64", "--things", "6"]
     assert cli.main(["data", "scenes", "--out", str(folder / "scenes"), *sizes]) == 0
     train = ["--preset", "demo", f"--data.scenes={folder / 'scenes'}", f"--run.out={folder / 'run'}", *TINY]
     assert cli.main(["train", *train]) == 0
