@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 JOBS   ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: setup demo study test lint aot aot-old-triton bench gpu-report clean
+.PHONY: setup demo study test lint aot bench gpu-report clean
 
 setup: $(STAMP)
 
@@ -37,6 +37,9 @@ aot: setup
 
 bench: setup
 	$(BIN)/cacr bench
+
+gpu-report: setup
+	$(BIN)/cacr bench gpu-report
 
 clean:
 	rm -rf $(VENV) build .cache cacr_kernels/_native*.so

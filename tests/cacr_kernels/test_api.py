@@ -231,3 +231,11 @@ assert "cacr_kernels.triton" not in sys.modules
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "0.0"
+
+
+def test_import_does_not_load_the_compiler():
+    """torch._dynamo takes as long to import as torch itself."""
+    program = "import sys, torch; before = 'torch._dynamo' in sys.modules; import cacr_kernels; "
+    program += "print('torch._dynamo' in sys.modules and not before)"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert result.stdout.strip() == "False", result.stderr
