@@ -34,6 +34,7 @@ lint: setup
 
 aot: setup
 	$(BIN)/python -m cacr_kernels.triton.aot
+	$(BIN)/python -m cacr_kernels.triton.qk_aot
 
 bench: setup
 	$(BIN)/cacr bench

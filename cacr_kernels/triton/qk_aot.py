@@ -24,7 +24,7 @@ from triton.runtime.jit import JITFunction
 
 from ..problem import Options, Spans
 from . import qk_problem
-from .aot import SHARED_LIMIT, SPILL_LIMIT, inspect
+from .aot import SHARED_LIMIT, SPILL_LIMIT, Report, inspect
 from .qk_host import qk_backward, qk_forward
 
 HEAD_SIZES = (32, 64, 80, 96, 128, 256)
@@ -44,6 +44,10 @@ class Case:
     dtype: str
     d: int
     kind: str
+
+
+#: cases that start every kernel, on the chip with the least shared memory
+QUICK = [Case(86, "float32", 64, "scores"), Case(86, "float16", 64, "softmax")]
 
 
 def launches(case: Case) -> dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]]:
@@ -100,25 +104,29 @@ def compile_launch(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], a
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
+def faults(case: Case, name: str, report: Report) -> list[str]:
+    """What is wrong with a compiled launch, in words; empty when it is within the limits."""
+    found = []
+    if report.spill > SPILL_LIMIT:
+        found.append(f"spills {report.spill} B a thread, at most {SPILL_LIMIT} allowed")
+    if report.shared > SHARED_LIMIT[case.arch]:
+        found.append(f"needs {report.shared} B of shared memory, sm_{case.arch} has {SHARED_LIMIT[case.arch]}")
+    if name == "forward" and case.dtype != "float32" and "tf32" in report.dots:
+        found.append("rounds to tf32")
+    return found
+
+
 def check(case: Case) -> list[tuple[str, bool]]:
     """One line for every launch of ``case``, and whether it is within the limits."""
     lines = []
     for name, (kernel, args, kwargs) in launches(case).items():
         report = inspect(compile_launch(kernel, args, kwargs, case.arch))
-        faults = []
-        if report.spill > SPILL_LIMIT:
-            faults.append(f"spills {report.spill} B a thread, at most {SPILL_LIMIT} allowed")
-        if report.shared > SHARED_LIMIT[case.arch]:
-            faults.append(f"needs {report.shared} B of shared memory, sm_{case.arch} has {SHARED_LIMIT[case.arch]}")
-        if name == "forward" and case.dtype != "float32" and "tf32" in report.dots:
-            faults.append("rounds to tf32")
-        lines.append(
-            (
-                f"{name:24s} sm_{case.arch:<4d} {case.dtype:9s} D {case.d:<4d}{case.kind:8s} {report.registers:4d} "
-                f"registers {report.spill:6d} B spilled {report.shared:7d} B shared  {', '.join(faults)}".rstrip(),
-                not faults,
-            )
+        found = faults(case, name, report)
+        line = (
+            f"{name:22s} sm_{case.arch:<4d} {case.dtype:9s} D {case.d:<4d}{case.kind:8s} {report.registers:4d} "
+            f"registers {report.spill:6d} B spilled {report.shared:7d} B shared  {', '.join(found)}"
         )
+        lines.append((line.rstrip(), not found))
     return lines
 
 
@@ -136,13 +144,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", nargs="*", default=list(DTYPES), choices=DTYPES)
     parser.add_argument("--head-size", type=int, nargs="*", default=list(HEAD_SIZES))
     parser.add_argument("--kind", nargs="*", default=list(KINDS), choices=KINDS)
+    parser.add_argument("--quick", action="store_true", help="two cases that start every kernel")
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         parser.error("TRITON_INTERPRET must be unset: interpreted kernels are not compiled")
+    todo = QUICK if options.quick else cases(options.arch, options.dtype, options.head_size, options.kind)
     faulty = total = 0
     with ProcessPoolExecutor(options.jobs) as pool:
-        for lines in pool.map(check, cases(options.arch, options.dtype, options.head_size, options.kind)):
+        for lines in pool.map(check, todo):
             for line, good in lines:
                 print(line, flush=True)
                 total += 1

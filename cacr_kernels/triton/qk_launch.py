@@ -87,5 +87,5 @@ def launch(kernel: str, arch: int, dtype: torch.dtype, d: int) -> Launch:
         return Launch(64, 32, 4, 2)
     if kernel in ("mix", "tokens"):
         return Launch(32, 32, 8 if padded > 128 else 4, 2)
-    tiles = _TILES[min(arch // 10, 9), dtype][kernel]
-    return Launch(*tiles[max(padded, 32)])
+    family = 9 if 90 <= arch < 120 else 8  # sm_120 has the shared memory of sm_86
+    return Launch(*_TILES[family, dtype][kernel][max(padded, 32)])

@@ -15,12 +15,21 @@ from torch.utils._pytree import tree_iter
 from cacr_kernels.problem import Options, Spans
 
 pytest.importorskip("triton")
-from cacr_kernels.triton import qk_backward, qk_forward, qk_problem, qk_scores
+from cacr_kernels.triton import qk_backward, qk_forward, qk_problem, qk_scores, qk_softmax
 
 HEADS, N, D = 16, 16_384, 64
-KERNELS = {name: module for module in (qk_scores, qk_problem) for name in vars(module) if name.endswith("_kernel")}
-#: kernels of another kind or of wide float32 heads
-OTHERS = {"qk_wide_forward_kernel", "qk_wide_gradient_kernel"}
+KERNELS = {
+    (module, name)
+    for module in (qk_scores, qk_problem, qk_softmax)
+    for name in vars(module)
+    if name.endswith("_kernel")
+}
+#: of kind "scores", for wide float32 heads only
+WIDE = {"qk_wide_forward_kernel", "qk_wide_gradient_kernel"}
+
+
+def kernels_of(module) -> set[str]:
+    return {name for owner, name in KERNELS if owner is module}
 
 
 class Allocations(TorchDispatchMode):
@@ -53,16 +62,18 @@ class Stub:
         return lambda *args, **kwargs: self.launched.add(self.name)
 
 
-def allocate(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, arch: int) -> tuple[Allocations, int, set[str]]:
+def allocate(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, arch: int, *, kind: str = "scores", n_text: int = N // 2
+) -> tuple[Allocations, int, set[str]]:
     """Forward and backward at N = 16,384: allocations, bytes of q, the kernels that would have run."""
     launched: set[str] = set()
-    for name, module in KERNELS.items():
+    for module, name in KERNELS:
         monkeypatch.setattr(module, name, Stub(name, launched))
     monkeypatch.setattr(qk_problem, "architecture", lambda device: arch)
     q = torch.empty(1, HEADS, N, D, dtype=dtype, device="meta")
     k = torch.empty_like(q)
     grad_loss = torch.empty(1, HEADS, device="meta")
-    problem = (Spans(0, N // 2, N // 2, N // 2), Options())
+    problem = (Spans(0, n_text, n_text, N - n_text), Options(kind=kind))
     with Allocations() as allocations:
         _, saved = qk_forward([q, k], *problem, True, 0.125)
         qk_backward(grad_loss, [q, k], saved, *problem, 0.125)
@@ -78,7 +89,7 @@ def assert_linear(allocations: Allocations, q_bytes: int) -> None:
 @pytest.mark.parametrize("arch", [0, 80, 90])
 def test_memory_is_linear_in_the_sequence(monkeypatch, dtype, arch):
     allocations, q_bytes, launched = allocate(monkeypatch, dtype, arch)
-    assert launched == set(KERNELS) - OTHERS
+    assert launched == (kernels_of(qk_scores) | kernels_of(qk_problem)) - WIDE
     assert allocations.total > 4 * q_bytes  # U, dU, dQ, dK and the results were seen
     assert_linear(allocations, q_bytes)
 
@@ -95,3 +106,12 @@ def test_a_planted_square_workspace_is_found(monkeypatch, place):
     allocations, q_bytes, _ = allocate(monkeypatch, torch.bfloat16, 90)
     with pytest.raises(AssertionError):
         assert_linear(allocations, q_bytes)
+
+
+@pytest.mark.parametrize("n_text", [64, N // 16])
+def test_memory_of_softmax_is_that_of_the_cross_blocks(monkeypatch, n_text):
+    allocations, q_bytes, launched = allocate(monkeypatch, torch.bfloat16, 90, kind="softmax", n_text=n_text)
+    assert launched == kernels_of(qk_softmax) | kernels_of(qk_problem)
+    cross_bytes = 2 * 4 * HEADS * n_text * (N - n_text)
+    assert allocations.total < 16 * q_bytes + 8 * cross_bytes
+    assert allocations.largest <= max(2 * HEADS * n_text * (N - n_text), HEADS * N * D)
