@@ -122,7 +122,7 @@ template <typename T, typename S>
 static void load_block(const ConstTensor& tensor, i64 b, i64 h, i64 row, i64 column, i64 rows, i64 columns, T* out, T* swap) {
     const i64* s = tensor.stride;
     const S* in = (const S*)tensor.data + b * s[0] + h * s[1] + row * s[2] + column * s[3];
-    const i64 ld = padded<T>(columns), ld_swap = padded<T>(rows);
+    const i64 ld = leading<T>(columns), ld_swap = leading<T>(rows);
     if (s[3] != 1 && s[2] == 1) {
         for (i64 j = 0; j < columns; ++j) load_row(rows, in + j * s[3], 1, swap + j * ld_swap, ld_swap);
         transpose(columns, rows, swap, ld_swap, out, ld);

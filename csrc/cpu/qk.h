@@ -52,16 +52,16 @@ static QkScratch<T> lay_out_qk(char* base, const QkProblem& p, i64 n_text, i64 n
     };
     const bool backward = p.grad_q.data != nullptr, softmax = p.options.kind == Kind::softmax;
     const i64 n[2] = {n_text, n_vision};
-    const i64 widest = padded<T>(n_text > n_vision ? n_text : n_vision);
+    const i64 widest = leading<T>(n_text > n_vision ? n_text : n_vision);
     s.dim = p.dim;
-    s.ld = padded<T>(p.dim);
-    const i64 factor = softmax ? (n_text * padded<T>(n_vision) > n_vision * padded<T>(n_text) ? n_text * padded<T>(n_vision)
-                                                                                            : n_vision * padded<T>(n_text))
+    s.ld = leading<T>(p.dim);
+    const i64 factor = softmax ? (n_text * leading<T>(n_vision) > n_vision * leading<T>(n_text) ? n_text * leading<T>(n_vision)
+                                                                                            : n_vision * leading<T>(n_text))
                                : widest * s.ld;
     for (int a = 0; a < 2; ++a) {
         s.q[a] = take(n[a] * s.ld);
         s.k[a] = take(n[a] * s.ld);
-        s.kt[a] = take(s.dim * padded<T>(n[a]));
+        s.kt[a] = take(s.dim * leading<T>(n[a]));
         s.dq[a] = backward ? take(n[a] * s.ld) : nullptr;
         s.dk[a] = backward ? take(n[a] * s.ld) : nullptr;
     }
@@ -92,7 +92,7 @@ struct Factors {
 // Rows of P_bb from `first` on: count rows of softmax(Q_b K_b^T) into out [count, padded(m)].
 template <typename T>
 static void softmax_panel(const QkScratch<T>& s, int a, int b, i64 first, i64 count, i64 m, T* out) {
-    const i64 ldm = padded<T>(m);
+    const i64 ldm = leading<T>(m);
     multiply<T>(count, m, s.dim, {s.q[a] + first * s.ld, s.ld, 1}, s.kt[b], ldm, out, ldm, false, s.pack);
     for (i64 i = 0; i < count; ++i) softmax_row<T>(m, out + i * ldm, out + i * ldm);
 }
@@ -101,7 +101,7 @@ static void softmax_panel(const QkScratch<T>& s, int a, int b, i64 first, i64 co
 template <typename T>
 static Factors<T> project(const QkScratch<T>& s, Kind kind, int a, i64 n, i64 m) {
     const int b = 1 - a;
-    const i64 ld = s.ld, ldn = padded<T>(n), ldm = padded<T>(m);
+    const i64 ld = s.ld, ldn = leading<T>(n), ldm = leading<T>(m);
     if (kind == Kind::scores) {
         T *c = s.square[0], *w = s.square[1], *product = s.square[2];
         multiply<T>(s.dim, s.dim, m, {s.k[b], 1, ld}, s.q[b], ld, c, ld, false, s.pack);
@@ -124,7 +124,7 @@ static Factors<T> project(const QkScratch<T>& s, Kind kind, int a, i64 n, i64 m)
 // Adds the gradients of scores S = Q_a K_b^T, rows first .. first + count, given ds [count, padded(m)].
 template <typename T>
 static void scores_backward_into(const QkScratch<T>& s, int a, int b, i64 first, i64 count, i64 m, const T* ds) {
-    const i64 ld = s.ld, ldm = padded<T>(m);
+    const i64 ld = s.ld, ldm = leading<T>(m);
     multiply<T>(count, s.dim, m, {ds, ldm, 1}, s.k[b], ld, s.dq[a] + first * ld, ld, true, s.pack);
     multiply<T>(m, s.dim, count, {ds, 1, ldm}, s.q[a] + first * ld, ld, s.dk[b], ld, true, s.pack);
 }
@@ -133,7 +133,7 @@ static void scores_backward_into(const QkScratch<T>& s, int a, int b, i64 first,
 template <typename T>
 static void project_backward(const QkScratch<T>& s, Kind kind, int a, i64 n, i64 m) {
     const int b = 1 - a;
-    const i64 d = s.dim, ld = s.ld, ldm = padded<T>(m);
+    const i64 d = s.dim, ld = s.ld, ldm = leading<T>(m);
     if (kind == Kind::scores) {
         T *c = s.square[0], *w = s.square[1], *product = s.square[2], *dm = s.square[3], *dc = s.square[4], *turned = s.square[5];
         multiply<T>(d, d, n, {s.q[a], 1, ld}, s.du, ld, dm, ld, false, s.pack);
@@ -153,8 +153,8 @@ static void project_backward(const QkScratch<T>& s, Kind kind, int a, i64 n, i64
     for (i64 first = 0; first < m; first += kPanel) {
         const i64 count = m - first < kPanel ? m - first : kPanel;
         softmax_panel<T>(s, b, b, first, count, m, s.x);
-        transpose<T>(count, m, s.x, ldm, s.pt, padded<T>(count));
-        multiply<T>(n, count, m, {s.du, ldm, 1}, s.pt, padded<T>(count), s.df + first, ldm, true, s.pack);
+        transpose<T>(count, m, s.x, ldm, s.pt, leading<T>(count));
+        multiply<T>(n, count, m, {s.du, ldm, 1}, s.pt, leading<T>(count), s.df + first, ldm, true, s.pack);
         multiply<T>(count, m, n, {s.f + first, 1, ldm}, s.du, ldm, s.y, ldm, false, s.pack);
         for (i64 i = 0; i < count; ++i) softmax_row_backward<T>(m, s.x + i * ldm, s.y + i * ldm, s.y + i * ldm, false);
         scores_backward_into<T>(s, b, b, first, count, m, s.y);
@@ -166,7 +166,7 @@ static void project_backward(const QkScratch<T>& s, Kind kind, int a, i64 n, i64
 // Loss of side a of one query head; with a backward pass, its contributions to dq and dk.
 template <typename T>
 static double run_qk_side(const Options& o, int a, i64 n, i64 m, const QkScratch<T>& s, bool backward, T weight) {
-    const i64 ldn = padded<T>(n);
+    const i64 ldn = leading<T>(n);
     const T row_weight = (T)row_factor(o, (int)n);
     const bool grad_x = backward && o.stop_gradient != StopGradient::projection;
     const bool grad_y = backward && o.stop_gradient != StopGradient::target;
@@ -195,7 +195,7 @@ static double run_qk_side(const Options& o, int a, i64 n, i64 m, const QkScratch
 template <typename T, typename S>
 static void load_head(const ConstTensor& x, i64 b, i64 h, i64 start, i64 n, i64 dim, T scale, T* out) {
     const S* in = (const S*)x.data + b * x.stride[0] + h * x.stride[1] + start * x.stride[2];
-    const i64 ld = padded<T>(dim);
+    const i64 ld = leading<T>(dim);
     for (i64 i = 0; i < n; ++i) {
         load_row(dim, in + i * x.stride[2], x.stride[3], out + i * ld, ld);
         for (i64 j = 0; j < dim; ++j) out[i * ld + j] *= scale;
@@ -206,7 +206,7 @@ static void load_head(const ConstTensor& x, i64 b, i64 h, i64 start, i64 n, i64 
 template <typename T, typename S>
 static void store_head(const MutableTensor& x, i64 b, i64 h, i64 size, i64 dim, const Extent& e, T* const (&grad)[2], T scale, T fill) {
     S* out = (S*)x.data + b * x.stride[0] + h * x.stride[1];
-    const i64 start[2] = {e.text_start, e.vision_start}, n[2] = {e.n_text, e.n_vision}, ld = padded<T>(dim);
+    const i64 start[2] = {e.text_start, e.vision_start}, n[2] = {e.n_text, e.n_vision}, ld = leading<T>(dim);
     for (i64 i = 0; i < size; ++i) {
         S* row = out + i * x.stride[2];
         const int a = !e.valid ? -1 : i >= start[0] && i < start[0] + n[0] ? 0 : i >= start[1] && i < start[1] + n[1] ? 1 : -1;
@@ -227,7 +227,7 @@ static void qk_problem(const QkProblem& p, i64 index, char* scratch) {
     const QkScratch<T> s = lay_out_qk<T>(scratch, p, n[0], n[1]);
     for (int a = 0; a < 2; ++a) {
         load_head<T, S>(p.k, b, key_head, start[a], n[a], p.dim, T(1), s.k[a]);
-        transpose<T>(n[a], p.dim, s.k[a], s.ld, s.kt[a], padded<T>(n[a]));
+        transpose<T>(n[a], p.dim, s.k[a], s.ld, s.kt[a], leading<T>(n[a]));
         if (backward) __builtin_memset(s.dk[a], 0, (size_t)(n[a] * s.ld) * sizeof(T));
     }
     for (i64 h = key_head * group; h < (key_head + 1) * group; ++h) {

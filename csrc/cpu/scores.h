@@ -41,7 +41,7 @@ static Scratch<T> lay_out(char* base, i64 n_text, i64 n_vision, Kind kind, bool 
         return at;
     };
     const i64 n[2] = {n_text, n_vision};
-    const i64 ld[2] = {padded<T>(n_text), padded<T>(n_vision)};
+    const i64 ld[2] = {leading<T>(n_text), leading<T>(n_vision)};
     const i64 widest = ld[0] > ld[1] ? ld[0] : ld[1];
     for (int ab = 0; ab < 4; ++ab) {
         s.raw[ab] = take(n[ab / 2] * ld[ab % 2]);
@@ -63,7 +63,7 @@ static Scratch<T> lay_out(char* base, i64 n_text, i64 n_vision, Kind kind, bool 
 template <typename T>
 static double run_side(const Options& o, int a, i64 n, i64 m, const Scratch<T>& s, bool backward, T weight) {
     const int aa = 3 * a, ab = a ? VT : TV, b = 1 - a;
-    const i64 ldn = padded<T>(n), ldm = padded<T>(m);
+    const i64 ldn = leading<T>(n), ldm = leading<T>(m);
     const T* f = s.raw[ab];
     const T* w = s.inner[b];
     const T row_weight = (T)row_factor(o, (int)n);
@@ -103,7 +103,7 @@ static void load_problem(const Problem& p, const Extent& e, i64 b, i64 h, const 
         load_block<T, S>(p.blocks[ab], b, h, start[ab / 2], start[ab % 2], n[ab / 2], n[ab % 2], s.raw[ab], s.swapped[ab]);
     for (int a = 0; a < 2; ++a) {
         const int ab = a ? VT : TV, bb = 3 * (1 - a);
-        const i64 rows = n[a], m = n[1 - a], ldn = padded<T>(rows), ldm = padded<T>(m);
+        const i64 rows = n[a], m = n[1 - a], ldn = leading<T>(rows), ldm = leading<T>(m);
         if (!side_active(p.options, e, a)) continue;
         if (p.options.kind == Kind::softmax) {
             for (i64 i = 0; i < rows; ++i) softmax_row<T>(m, s.raw[ab] + i * ldm, s.raw[ab] + i * ldm);
@@ -119,7 +119,7 @@ template <typename T, typename S>
 static void store_block(const MutableTensor& grad, i64 b, i64 h, i64 rows, i64 columns, i64 row_start, i64 n_rows, i64 column_start,
                         i64 n_columns, const T* values) {
     S* out = (S*)grad.data + b * grad.stride[0] + h * grad.stride[1];
-    const i64 ld = padded<T>(n_columns);
+    const i64 ld = leading<T>(n_columns);
     for (i64 i = 0; i < rows; ++i) {
         S* at = out + i * grad.stride[2];
         if (i < row_start || i >= row_start + n_rows) {
@@ -148,9 +148,9 @@ static void store_single(const MutableTensor& grad, i64 b, i64 h, i64 size, cons
         }
         const i64 r = i - start[a];
         S* at = store_stretch<T, S>(row, nullptr, start[first]);
-        at = store_stretch<T, S>(at, s.grad[2 * a + first] + r * padded<T>(n[first]), n[first]);
+        at = store_stretch<T, S>(at, s.grad[2 * a + first] + r * leading<T>(n[first]), n[first]);
         at = store_stretch<T, S>(at, nullptr, start[last] - start[first] - n[first]);
-        at = store_stretch<T, S>(at, s.grad[2 * a + last] + r * padded<T>(n[last]), n[last]);
+        at = store_stretch<T, S>(at, s.grad[2 * a + last] + r * leading<T>(n[last]), n[last]);
         store_stretch<T, S>(at, nullptr, size - start[last] - n[last]);
     }
 }
@@ -201,7 +201,7 @@ static void scores_problem(const Problem& p, i64 index, char* scratch) {
         if (backward)
             for (int ab = 0; ab < 4; ++ab) {
                 const bool overwritten = ab % 3 && active[ab / 2] && p.options.stop_gradient != StopGradient::projection;
-                if (!overwritten) __builtin_memset(s.grad[ab], 0, (size_t)(n[ab / 2] * padded<T>(n[ab % 2])) * sizeof(T));
+                if (!overwritten) __builtin_memset(s.grad[ab], 0, (size_t)(n[ab / 2] * leading<T>(n[ab % 2])) * sizeof(T));
             }
         for (int a = 0; a < 2; ++a)
             if (active[a]) total += run_side<T>(p.options, a, n[a], n[1 - a], s, backward, weight);

@@ -38,6 +38,13 @@ constexpr i64 padded(i64 n) {
     return (n + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
 }
 
+// Row length of a scratch matrix with n columns: whole vectors, and no multiple of 512 bytes, whose rows would compete for
+// the same few cache sets.
+template <typename T>
+constexpr i64 leading(i64 n) {
+    return padded<T>(n) * (i64)sizeof(T) % 512 ? padded<T>(n) : padded<T>(n) + kLanes<T>;
+}
+
 template <int... I>
 struct Indices {};
 template <int N, int... I>
