@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from cacr_uniter.errors import UserError
+from cacr_uniter.training.command import load_config
 
 VARIANTS: dict[str, tuple[str, ...]] = {
     "none": ("--aux.loss=none",),
@@ -94,6 +96,7 @@ def run_study(out: Path, study: Study, processes: int, progress: Progress) -> di
         raise UserError(f"--processes is {processes}: give 1 or more")
     _own_folder(out, study)
     threads = max(1, (os.cpu_count() or 1) // processes)
+    steps = load_config(study.preset, [f"--data.scenes={study.scenes}", *study.options]).optim.steps
     stop = threading.Event()
     runs = study.runs()
     with ThreadPoolExecutor(processes) as pool:
@@ -101,6 +104,7 @@ def run_study(out: Path, study: Study, processes: int, progress: Progress) -> di
         try:
             while not all(future.done() for future in waiting):
                 progress("runs", sum(future.done() for future in waiting), len(runs))
+                progress("optimizer steps", sum(_steps_done(run_folder(out, *run)) for run in runs), steps * len(runs))
                 if any(future.done() and future.exception() for future in waiting):
                     stop.set()
                 time.sleep(0.5)
@@ -110,9 +114,21 @@ def run_study(out: Path, study: Study, processes: int, progress: Progress) -> di
         for future in waiting:
             future.result()
         progress("runs", len(runs), len(runs))
+        progress("optimizer steps", steps * len(runs), steps * len(runs))
     results = collect(out, study)
     _write_json(out / "results.json", results)
     return results
+
+
+def _steps_done(folder: Path) -> int:
+    """Optimizer steps in the log of a run, 0 before its first line."""
+    try:
+        with (folder / "log.jsonl").open("rb") as log:
+            log.seek(max(0, log.seek(0, os.SEEK_END) - 2000))
+            found = re.findall(rb'"step": (\d+)', log.read())
+    except OSError:
+        return 0
+    return int(found[-1]) if found else 0
 
 
 def _own_folder(out: Path, study: Study) -> None:

@@ -99,6 +99,26 @@ def test_captions_of_published_examples_are_found_by_their_text(world: Path) -> 
         score_examples(model, dataset, [lost])
 
 
+def test_published_examples_are_imported_and_scored(
+    world: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    quadruples = json.loads((world / "scenes" / "winoground.json").read_text())
+    kept = ("id", "caption_0", "caption_1", "image_0", "image_1", "tag", "split")
+    examples = tmp_path / "examples.jsonl"
+    examples.write_text("\n".join(json.dumps({key: q[key] for key in kept}) for q in quadruples))
+    words = ["winoground", str(examples), "--out", str(tmp_path), "--vocab", str(world / "scenes" / "vocab.txt")]
+    assert cli.main(["data", "import", *words]) == 0
+    assert json.loads(capsys.readouterr().out)["captions"] == 24
+    paths = ["--text", str(tmp_path / "winoground.db"), "--images", str(world / "scenes" / "img")]
+    checkpoint = ["--checkpoint", str(world / "run"), "--examples", str(examples)]
+    assert cli.main(["eval", "winoground", *checkpoint, *paths, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    expected = evaluate(world, capsys, "winoground")
+    assert {name: found[name] for name in ("text", "image", "group")} == {
+        name: expected[name] for name in ("text", "image", "group")
+    }
+
+
 def test_diverged_weights_are_named(world: Path) -> None:
     model, dataset, examples = model_and_data(world)
     with torch.no_grad():

@@ -8,10 +8,12 @@ from pathlib import Path
 
 from cacr_uniter.commands.progress import bars
 
+CAPTION_FORMATS = ("karpathy-json", "winoground")
+
 
 def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
-    if args.format == "karpathy-json":
+    if args.format in CAPTION_FORMATS:
         return _captions(args)
     return _features(args)
 
@@ -45,9 +47,13 @@ def _features(args: argparse.Namespace) -> int:
 def _captions(args: argparse.Namespace) -> int:
     from cacr_uniter.data.importers.captions import import_captions
     from cacr_uniter.errors import UserError
+    from cacr_uniter.evaluation.captions import import_examples
 
     if args.vocab is None:
         raise UserError("--vocab: captions need a vocab.txt; UNITER uses that of bert-base-cased")
+    if args.format == "winoground":
+        print(json.dumps(import_examples(args.source, args.out, args.vocab), indent=1))
+        return 0
     with bars() as progress:
         made = import_captions(
             args.source, args.out, args.vocab, names=args.names or "auto", splits=args.splits, progress=progress
@@ -59,13 +65,14 @@ def _captions(args: argparse.Namespace) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="cacr data import",
-        description="Import region features (or the captions of a Karpathy JSON) into the published database formats. "
+        description="Import region features, or the captions of a Karpathy JSON or of Winoground's examples, into the "
+        "published database formats. "
         "An interrupted import goes on when the same command is run again.",
     )
     add = parser.add_argument
     formats = (
         *("butd-tsv", "lxmert-tsv", "vinvl-tsv", "milvlg-npz", "uniter-npz"),
-        *("hdf5-fixed", "hdf5-adaptive", "karpathy-json"),
+        *("hdf5-fixed", "hdf5-adaptive", *CAPTION_FORMATS),
     )
     add("format", choices=formats, help="format of the source")
     add("source", type=Path, help="file, or folder of npz files")
@@ -82,6 +89,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--soft-labels", action="store_true", help="keep class probabilities")
     add("--skip-bad", action="store_true", help="leave damaged images out and report them")
     add("--limit", type=int, help="only the first so many rows")
-    add("--vocab", type=Path, help="karpathy-json: vocab.txt")
+    add("--vocab", type=Path, help="captions: vocab.txt")
     add("--splits", nargs="+", metavar="SPLIT", help="karpathy-json: splits to write (default: all)")
     return parser

@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from cacr_uniter.data.scenes.statements import Item
 from cacr_uniter.errors import UserError
@@ -101,7 +101,7 @@ def _cut_out(path: Path) -> Image.Image | None:
     try:
         with Image.open(path) as file:
             picture = file.convert("RGBA")
-    except (OSError, UnidentifiedImageError):
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
     box = picture.getchannel("A").point(lambda a: 255 * (a > 32)).getbbox()
     if box is None:
