@@ -259,14 +259,10 @@ def store_tile(m, b, r_0, c_0, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def split(b, DOT: tl.constexpr):
-    """b = hi + lo up to 2^-17 of its size, both bfloat16 ("split_emulated": their values held in float32)."""
+def split(b):
+    """b = hi + lo up to 2^-17 of its size, both bfloat16."""
     hi = b.to(tl.bfloat16)
-    lo = (b - hi.to(tl.float32)).to(tl.bfloat16)
-    if DOT == "split_emulated":
-        return hi.to(tl.float32), lo.to(tl.float32)
-    else:
-        return hi, lo
+    return hi, (b - hi.to(tl.float32)).to(tl.bfloat16)
 
 
 @triton.jit
@@ -277,31 +273,24 @@ def dot(b_l, b_r, acc, DOT: tl.constexpr):
     "split": bfloat16 tensor cores. Two factors of one 16-bit dtype are multiplied as they are; a bfloat16 factor
     meets a float32 one split into hi + lo (two products); any other pair is split on both sides (three products,
     2^-17 a factor), which is exact for float16 values and cannot overflow as float16 would.
-    "split_emulated": the same roundings on float32 values, for the interpreter.
     """
     if DOT == "ieee":
         acc = tl.dot(b_l.to(tl.float32), b_r.to(tl.float32), acc, input_precision="ieee")
     elif DOT == "tf32x3":
         acc = tl.dot(b_l.to(tl.float32), b_r.to(tl.float32), acc, input_precision="tf32x3")
-    elif DOT == "split_emulated":
-        l_hi, l_lo = split(b_l, DOT)
-        r_hi, r_lo = split(b_r, DOT)
-        acc = tl.dot(l_lo, r_hi, acc, input_precision="ieee")
-        acc = tl.dot(l_hi, r_lo, acc, input_precision="ieee")
-        acc = tl.dot(l_hi, r_hi, acc, input_precision="ieee")
     elif (b_l.dtype == b_r.dtype) and (b_l.dtype != tl.float32):
         acc = tl.dot(b_l, b_r, acc)
     elif b_r.dtype == tl.bfloat16:
-        l_hi, l_lo = split(b_l, DOT)
+        l_hi, l_lo = split(b_l)
         acc = tl.dot(l_lo, b_r, acc)
         acc = tl.dot(l_hi, b_r, acc)
     elif b_l.dtype == tl.bfloat16:
-        r_hi, r_lo = split(b_r, DOT)
+        r_hi, r_lo = split(b_r)
         acc = tl.dot(b_l, r_lo, acc)
         acc = tl.dot(b_l, r_hi, acc)
     else:
-        l_hi, l_lo = split(b_l.to(tl.float32), DOT)
-        r_hi, r_lo = split(b_r.to(tl.float32), DOT)
+        l_hi, l_lo = split(b_l.to(tl.float32))
+        r_hi, r_lo = split(b_r.to(tl.float32))
         acc = tl.dot(l_lo, r_hi, acc)
         acc = tl.dot(l_hi, r_lo, acc)
         acc = tl.dot(l_hi, r_hi, acc)
