@@ -39,7 +39,7 @@ def kernels(k: int, large: int, warps: int) -> dict[str, Launch]:
     return {
         "forward_small": launch(i=32, j=32, c=32, k=k),
         "rows": launch(i=32, j=32, c=32, k=k),
-        "cross": launch(i=32, j=32, c=32, k=k),
+        "cross": launch(i=32, j=32, c=32, k=k, warps=8),
         "own": launch(i=32, j=32, k=k),
         "numbers": launch(i=16, j=128),
         "project": launch(i=large, c=large, k=k, warps=warps),
