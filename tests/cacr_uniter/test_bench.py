@@ -335,7 +335,7 @@ def test_wrong_options_are_one_sentence(capsys, words, message):
 def test_ceilings_are_positive_rates():
     found = measure_ceilings("cpu", 0.01, scale=0.05)
     assert set(found) == {"copy", "matmul float32", "matmul bfloat16", "exp"}
-    assert all(value > 1e6 for value in found.values())
+    assert all(0 < value < float("inf") for value in found.values())  # how fast is no test on a shared machine
 
 
 def test_numerics_measure_each_backend_beside_eager():
