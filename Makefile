@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 JOBS   ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: setup demo study test lint aot bench gpu-report clean
+.PHONY: setup demo study test lint aot aot-old-triton bench gpu-report clean
 
 setup: $(STAMP)
 
@@ -35,6 +35,10 @@ lint: setup
 aot: setup
 	$(BIN)/python -m cacr_kernels.triton.aot
 	$(BIN)/python -m cacr_kernels.triton.qk_aot
+
+aot-old-triton: setup
+	$(BIN)/python -m pip install --quiet --no-deps --target .cache/triton-3.6 triton==3.6.0
+	$(BIN)/python -m pytest tests/cacr_kernels/test_triton_aot.py
 
 bench: setup
 	$(BIN)/cacr bench
