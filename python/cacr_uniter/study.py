@@ -164,7 +164,7 @@ def commands(out: Path, study: Study, variant: str, seed: int, threads: int) -> 
 
 def _run(out: Path, study: Study, variant: str, seed: int, threads: int, stop: threading.Event) -> None:
     folder = run_folder(out, variant, seed)
-    if (folder / REPORT).exists():
+    if stop.is_set() or (folder / REPORT).exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
@@ -187,9 +187,14 @@ def _run(out: Path, study: Study, variant: str, seed: int, threads: int, stop: t
         if stop.is_set():
             return
         if process.returncode:
-            last = (folder / LOG).read_text(encoding="utf-8").strip().splitlines()[-1]
-            raise UserError(f"run {variant} of seed {seed} failed ({last}); see {folder / LOG}")
+            raise UserError(f"run {variant} of seed {seed} failed ({_reason(folder, process)}); see {folder / LOG}")
     _write_json(folder / REPORT, json.loads(printed))
+
+
+def _reason(folder: Path, process: subprocess.Popen[str]) -> str:
+    if process.returncode < 0:
+        return f"stopped by signal {-process.returncode}; was the memory full? The same command goes on"
+    return (folder / LOG).read_text(encoding="utf-8").strip().splitlines()[-1]
 
 
 def _wait(process: subprocess.Popen[str], stop: threading.Event) -> str:

@@ -16,7 +16,7 @@ from cacr_uniter.study import Study, collect, commands, run_folder, run_study, s
 STUDY = Study("scenes", "demo", ("none", "cacr"), (0, 1, 2))
 
 FAKE = """
-import json, pathlib, sys
+import json, os, pathlib, signal, sys
 words = sys.argv[1:]
 option = {w.split("=")[0]: w.split("=")[1] for w in words if "=" in w}
 with open(pathlib.Path(__file__).parent / "calls", "a") as calls:
@@ -25,6 +25,8 @@ if words[0] == "train":
     if option["--run.out"].endswith("none-seed1") and (pathlib.Path(__file__).parent / "broken").exists():
         print("cacr train: out of memory", file=sys.stderr)
         raise SystemExit(2)
+    if option["--run.out"].endswith("cacr-seed0") and (pathlib.Path(__file__).parent / "killed").exists():
+        os.kill(os.getpid(), signal.SIGKILL)
     raise SystemExit(0)
 seed = int(words[words.index("--checkpoint") + 1][-1])
 part = {name: {"score": 50 + seed + 10 * ("cacr" in words[3])} for name in ("text", "image", "group")}
@@ -75,6 +77,13 @@ def test_a_failed_run_is_named_and_the_rest_is_kept(fake: Path) -> None:
     assert done >= 2
     run_study(fake / "out", STUDY, 1, quiet)
     assert trained(fake) - before == 6 - done
+
+
+def test_a_killed_run_says_so(fake: Path) -> None:
+    (fake / "killed").touch()
+    with pytest.raises(UserError, match="run cacr of seed 0 failed .stopped by signal 9"):
+        run_study(fake / "out", STUDY, 1, quiet)
+    assert not (fake / "out" / "cacr-seed2").exists(), "nothing is begun after a failure"
 
 
 def test_more_seeds_may_be_added_but_no_other_options(fake: Path) -> None:
