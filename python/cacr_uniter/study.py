@@ -105,8 +105,6 @@ def run_study(out: Path, study: Study, processes: int, progress: Progress) -> di
             while not all(future.done() for future in waiting):
                 progress("runs", sum(future.done() for future in waiting), len(runs))
                 progress("optimizer steps", sum(_steps_done(run_folder(out, *run)) for run in runs), steps * len(runs))
-                if any(future.done() and future.exception() for future in waiting):
-                    stop.set()
                 time.sleep(0.5)
         except KeyboardInterrupt:
             stop.set()
@@ -187,6 +185,7 @@ def _run(out: Path, study: Study, variant: str, seed: int, threads: int, stop: t
         if stop.is_set():
             return
         if process.returncode:
+            stop.set()
             raise UserError(f"run {variant} of seed {seed} failed ({_reason(folder, process)}); see {folder / LOG}")
     _write_json(folder / REPORT, json.loads(printed))
 

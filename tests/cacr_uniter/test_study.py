@@ -81,7 +81,7 @@ def test_a_failed_run_is_named_and_the_rest_is_kept(fake: Path) -> None:
 
 def test_a_killed_run_says_so(fake: Path) -> None:
     (fake / "killed").touch()
-    with pytest.raises(UserError, match="run cacr of seed 0 failed .stopped by signal 9"):
+    with pytest.raises(UserError, match=r"run cacr of seed 0 failed \(stopped by signal 9"):
         run_study(fake / "out", STUDY, 1, quiet)
     assert not (fake / "out" / "cacr-seed2").exists(), "nothing is begun after a failure"
 
