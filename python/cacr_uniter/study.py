@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from cacr_uniter.data.lmdb_store import write_json
 from cacr_uniter.errors import UserError
 from cacr_uniter.training.command import load_config
 
@@ -114,7 +115,7 @@ def run_study(out: Path, study: Study, processes: int, progress: Progress) -> di
         progress("runs", len(runs), len(runs))
         progress("optimizer steps", steps * len(runs), steps * len(runs))
     results = collect(out, study)
-    _write_json(out / "results.json", results)
+    write_json(out / "results.json", results)
     return results
 
 
@@ -141,7 +142,7 @@ def _own_folder(out: Path, study: Study) -> None:
     if before != identity:
         changed = [name for name in identity if before.get(name) != identity[name]]
         raise UserError(f"--out: {out} holds a study with other {', '.join(changed)}; give another folder")
-    _write_json(path, identity)
+    write_json(path, identity)
 
 
 def run_folder(out: Path, variant: str, seed: int) -> Path:
@@ -187,7 +188,7 @@ def _run(out: Path, study: Study, variant: str, seed: int, threads: int, stop: t
         if process.returncode:
             stop.set()
             raise UserError(f"run {variant} of seed {seed} failed ({_reason(folder, process)}); see {folder / LOG}")
-    _write_json(folder / REPORT, json.loads(printed))
+    write_json(folder / REPORT, json.loads(printed))
 
 
 def _reason(folder: Path, process: subprocess.Popen[str]) -> str:
@@ -204,12 +205,6 @@ def _wait(process: subprocess.Popen[str], stop: threading.Event) -> str:
         except subprocess.TimeoutExpired:
             if stop.is_set():
                 process.terminate()
-
-
-def _write_json(path: Path, value: Any) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=1), encoding="utf-8")
-    partial.replace(path)
 
 
 def collect(out: Path, study: Study) -> dict[str, Any]:

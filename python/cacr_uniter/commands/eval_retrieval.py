@@ -19,9 +19,9 @@ def main(argv: list[str]) -> int:
     report = evaluate(args, rank, processes)
     if report is None:
         return 0
-    partial = args.out / "recall.json.partial"
-    partial.write_text(json.dumps(report, indent=1), encoding="utf-8")
-    partial.replace(args.out / "recall.json")
+    from cacr_uniter.data.lmdb_store import write_json
+
+    write_json(args.out / "recall.json", report)
     if args.json:
         print(json.dumps(report, indent=1))
     else:

@@ -16,7 +16,7 @@ import numpy as np
 
 from cacr_uniter.errors import UserError
 from cacr_uniter.training.config import Half
-from cacr_uniter.training.sampling import Group, Indices, counter_generator
+from cacr_uniter.training.sampling import Group, Indices, Sampler, counter_generator
 
 SHARED = 100
 """Purpose number of the generator, apart from those of the other sampler."""
@@ -68,8 +68,8 @@ def read_contrasts(folder: Path, caption_ids: list[str], image_names: list[str])
     return whole
 
 
-class SharedSampler:
-    """Groups of a training step that share their pairs; interface of `Sampler`.
+class SharedSampler(Sampler):
+    """Groups of a training step that share their pairs.
 
     Anchors are drawn anew for every step, no image twice. With contrasts, anchors 2 j and 2 j + 1 are the two sides of
     one contrast and each other's first negative.
@@ -106,10 +106,8 @@ class SharedSampler:
             )
         if anchors > n_images:
             raise UserError(f"batch.anchors is {anchors}, there are {n_images} images: give fewer anchors")
-        self.seed, self.anchors, self.draws, self.contrasts = seed, anchors, draws, contrasts
-        self.image_of, self.n_images = image_of, n_images
-        order = np.argsort(image_of, kind="stable")
-        self.captions_of = np.split(order, np.cumsum(np.bincount(image_of, minlength=n_images))[:-1])
+        super().__init__(image_of, n_images, seed, anchors, draws)
+        self.contrasts = contrasts
         self.images = np.unique(image_of)
         self._step: tuple[int, Indices, Indices] | None = None
 
@@ -145,7 +143,3 @@ class SharedSampler:
             return (index + direction * np.arange(1, self.draws + 1)) % self.anchors
         even = (index + 2 * direction * np.arange(1, self.anchors // 2)) % self.anchors
         return np.concatenate(([index ^ 1], even, even ^ 1))[: self.draws]
-
-    def step_groups(self, step: int, halves: tuple[Half, ...], rank: int = 0, processes: int = 1) -> list[Group]:
-        """The groups of one process: indices rank, rank + processes, ... of each half."""
-        return [self.group(step, i, half) for half in halves for i in range(rank, self.anchors, processes)]

@@ -73,11 +73,9 @@ class Stepper:
         self.hard = config.batch.mining == "hard" and config.batch.pool > config.batch.negatives
         draws = config.batch.pool if self.hard else config.batch.negatives
         common = (source.image_of, source.n_images, config.run.seed, config.batch.anchors, draws)
-        self.sampler: Sampler | SharedSampler
+        self.sampler = Sampler(*common)
         if config.batch.mining == "shared":
             self.sampler = SharedSampler(*common, contrasts=source.contrasts() if config.batch.contrasts else None)
-        else:
-            self.sampler = Sampler(*common)
         self.halves = halves_of(config)
         self.auxiliary = None if config.aux.loss == "none" else AuxiliaryLoss(config.aux)
         self.attention = LayerAttention(model, [] if self.auxiliary is None else config.aux.layers)
