@@ -89,8 +89,9 @@ CACR_INLINE void transpose_square(Vec<T> (&rows)[kLanes<T>]) {
     });
 }
 
-// out [columns, ld_out] = in^T for in [rows, ld_in] padded with zeros; out is padded with zeros too.
-template <typename T>
+// out [columns, ld_out] = in^T for in [rows, ld_in]; the padding of out is finite, and zero unless Centred.
+// Centred: out = (in - 1 in_0)^T, row 0 taken from every row.
+template <typename T, bool Centred = false>
 static void transpose(i64 rows, i64 columns, const T* in, i64 ld_in, T* out, i64 ld_out) {
     constexpr int n = kLanes<T>;
     for (i64 i = 0; i < rows; i += n) {
@@ -101,7 +102,7 @@ static void transpose(i64 rows, i64 columns, const T* in, i64 ld_in, T* out, i64
             });
             transpose_square<T>(square);
             unrolled<n>([&](auto r) __attribute__((always_inline)) {
-                if (j + r < columns) store(out + (j + r) * ld_out + i, square[r]);
+                if (j + r < columns) store(out + (j + r) * ld_out + i, Centred ? square[r] - in[j + r] : square[r]);
             });
         }
     }

@@ -108,7 +108,7 @@ static Factors<T> project(const QkScratch<T>& s, Kind kind, int a, i64 n, i64 m)
         multiply<T>(s.dim, s.dim, m, {s.k[b], 1, ld}, s.k[b], ld, w, ld, false, s.pack);
         multiply<T>(s.dim, s.dim, s.dim, {c, ld, 1}, w, ld, product, ld, false, s.pack);
         multiply<T>(n, s.dim, s.dim, {s.q[a], ld, 1}, product, ld, s.u, ld, false, s.pack);
-        transpose<T>(n, s.dim, s.q[a], ld, s.ft, ldn);
+        transpose<T, true>(n, s.dim, s.q[a], ld, s.ft, ldn);
         return {s.q[a], s.dq[a], s.dim, ld};
     }
     softmax_panel<T>(s, a, b, 0, n, m, s.f);

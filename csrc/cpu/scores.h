@@ -2,6 +2,8 @@
 //
 // Side a in {text, vision} with n = n_a rows, other side b with m = n_b (paper Eq. 3-5; factor s = projection factor):
 //     U = F W,  X = s U F^T,  Y = S_aa,  F = S_ab [n, m], W = S_bb [m, m]  (kind softmax: row softmaxes of both)
+// F^T is (F - 1 f_0)^T in float: X changes by a constant a row, which its softmax does not see, and a common offset of F
+// does not eat the digits of X. (Not for kind softmax, whose F is small.)
 //     G = s dL/dX,  dU = G F,  dF = G^T U + dU W^T,  dW += F^T dU,  dS_aa += dL/dY
 // 6 n m (n + m) multiply-adds a side.
 #pragma once
@@ -109,7 +111,10 @@ static void load_problem(const Problem& p, const Extent& e, i64 b, i64 h, const 
             for (i64 i = 0; i < rows; ++i) softmax_row<T>(m, s.raw[ab] + i * ldm, s.raw[ab] + i * ldm);
             for (i64 i = 0; i < m; ++i) softmax_row<T>(m, s.raw[bb] + i * ldm, s.inner[1 - a] + i * ldm);
         }
-        transpose<T>(rows, m, s.raw[ab], ldm, s.swapped[ab], ldn);
+        if (p.options.kind == Kind::softmax)
+            transpose<T>(rows, m, s.raw[ab], ldm, s.swapped[ab], ldn);
+        else
+            transpose<T, true>(rows, m, s.raw[ab], ldm, s.swapped[ab], ldn);
         if (backward) transpose<T>(m, m, s.inner[1 - a], ldm, s.swapped[bb], ldm);
     }
 }

@@ -119,6 +119,16 @@ def test_float32_is_at_most_twice_as_far_from_float64_as_plain_pytorch(kind: str
     assert (ours <= 2 * plain + 2 * torch.finfo(torch.float32).eps).all(), (ours, plain)
 
 
+def test_a_common_offset_of_the_scores_keeps_its_digits() -> None:
+    spans, options, grad_loss = joint(60, 100), Options(), torch.ones(1, 8)
+    attn = make_scores(60, 100, heads=8, mean=-3.0)  # X: 1e5 without the constant that every row has
+    want, (want_gradient,) = expected([attn], spans, options, grad_loss)
+    loss, (gradient,) = run([attn], spans, options, grad_loss)
+    errors = [relative_error(gradient[0, h], want_gradient[0, h]) for h in range(8)]
+    assert torch.tensor(errors).square().mean().sqrt() <= 2.5e-5, errors
+    assert ((loss / want - 1) ** 2).mean().sqrt() <= 7e-8
+
+
 def test_equal_distributions_give_exactly_zero() -> None:
     attn = make_scores(33, 33, heads=2, pattern="congruent")
     loss, (gradient,) = run([attn], joint(33, 33), Options(), torch.ones(1, 2))

@@ -159,6 +159,16 @@ def test_gradcheck(kind: str, key_heads: int) -> None:
     assert torch.autograd.gradcheck(Loss.apply, inputs)
 
 
+def test_a_common_offset_of_queries_and_keys_keeps_its_digits() -> None:
+    inputs = [(x * 0.2 + 1).float() for x in make_qk(160, 64)]
+    options = Options(projection_mean=True)
+    grad_loss = torch.ones(2, 2)
+    loss, gradients = run(inputs, Spans(0, 60, 60, 100), options, grad_loss, 0.125)
+    want, want_gradients = expected(inputs, Spans(0, 60, 60, 100), options, grad_loss, 0.125)
+    assert relative_error(loss, want) <= 1e-7
+    assert max(map(relative_error, gradients, want_gradients)) <= 1e-6
+
+
 def test_probabilities_are_refused() -> None:
     with pytest.raises(ValueError, match="probs"):
         native.cpu.qk_forward(make_qk(8, 4), Spans(0, 3, 3, 5), Options("probs"), False, 1.0)
