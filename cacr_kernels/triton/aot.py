@@ -1,7 +1,8 @@
 """Ahead-of-time gate: compile every entry of the launch table without a GPU and read what the compiler made of it.
 
 ``python -m cacr_kernels.triton.aot`` prints registers, shared memory and spills of every configuration, and exits with
-1 if one spills more than 64 bytes a thread, exceeds its architecture's shared memory, or rounds to tf32.
+1 if one spills more than 64 bytes a thread, exceeds its architecture's shared memory, or rounds to tf32. An entry that
+a GPU chose (configs.MEASURED, or those of a file: ``--table FILE``) may spill: its measurement justifies it.
 """
 
 from __future__ import annotations
@@ -25,12 +26,11 @@ from triton.compiler import ASTSource
 from .backward import backward_cross_kernel, backward_own_kernel, backward_rows_kernel
 from .backward_large import large_cross_kernel, large_g_kernel, large_v_kernel
 from .common import Block, Scaling, SpanArgs, Work
-from .configs import ARCHITECTURES, DTYPES, Launch, plan
+from .configs import ARCHITECTURES, DTYPES, MEASURED, SHARED_LIMIT, Key, Launch, family, plan
 from .forward import forward_kernel
 from .products import numbers_kernel, project_kernel
+from .table import read
 
-#: shared memory of one block in bytes, by architecture
-SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 SPILL_LIMIT = 64
 KINDS = ("scores", "softmax", "probs")
 TRITON_DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
@@ -51,17 +51,23 @@ KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel as one entry of the launch table starts it."""
+    """One kernel as one entry of the launch table starts it: the built-in one, or ``entry`` of a file."""
 
     kernel: str
     arch: int
     dtype: str
     kind: str
     unit: bool = True
+    entry: Launch | None = None
 
     @property
     def launch(self) -> Launch:
-        return plan(self.arch, self.dtype).kernels[self.kernel]
+        return self.entry or plan(self.arch, self.dtype).kernels[self.kernel]
+
+    @property
+    def measured(self) -> bool:
+        key = Key("scores", self.kernel, self.dtype)
+        return self.entry is not None or key in MEASURED.get(family(self.arch), {})
 
     def __str__(self) -> str:
         layout = "" if self.unit else " strided"
@@ -77,12 +83,18 @@ class Report:
     shared: int
     dots: frozenset[str]
 
-    def faults(self, case: Case) -> list[str]:
+    def excesses(self, arch: int, measured: bool) -> list[str]:
+        """Resources beyond the limits of sm_``arch``; an entry that a GPU ``measured`` may spill."""
         found = []
-        if self.spill > SPILL_LIMIT:
+        if self.spill > SPILL_LIMIT and not measured:
             found.append(f"spills {self.spill} B a thread, at most {SPILL_LIMIT} allowed")
-        if self.shared > SHARED_LIMIT[case.arch]:
-            found.append(f"needs {self.shared} B of shared memory, sm_{case.arch} has {SHARED_LIMIT[case.arch]}")
+        limit = SHARED_LIMIT[family(arch)]
+        if self.shared > limit:
+            found.append(f"needs {self.shared} B of shared memory, sm_{arch} has {limit}")
+        return found
+
+    def faults(self, case: Case) -> list[str]:
+        found = self.excesses(case.arch, case.measured)
         if "tf32" in self.dots and plan(case.arch, case.dtype).dot != "tf32x3":
             found.append("rounds to tf32")
         return found
@@ -145,6 +157,14 @@ def cases(architectures: list[int], dtypes: list[str], kernels: list[str], kinds
                     yield Case(kernel, arch, dtype, "scores", unit=False)
 
 
+def table_cases(file: Path, kinds: list[str]) -> Iterator[Case]:
+    """The entries of the scores kernels in a launch table."""
+    for entry in read(file):
+        if entry.key.variant == "scores":
+            for kind in ["softmax"] if entry.key.kernel == "numbers" else kinds:
+                yield Case(entry.key.kernel, entry.arch, entry.key.dtype, kind, entry=entry.launch)
+
+
 #: one case of every kernel that covers every architecture, dtype and kind
 QUICK = (
     Case("forward_small", 86, "float32", "scores"),
@@ -168,11 +188,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kernel", nargs="*", default=list(KERNELS), choices=list(KERNELS))
     parser.add_argument("--kind", nargs="*", default=list(KINDS), choices=KINDS)
     parser.add_argument("--quick", action="store_true", help="only a representative subset")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="entries of a launch table, not the built-in ones")
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         parser.error("TRITON_INTERPRET must be unset: interpreted kernels are not compiled")
-    todo = list(QUICK) if options.quick else list(cases(options.arch, options.dtype, options.kernel, options.kind))
+    if options.table:
+        todo = list(table_cases(options.table, options.kind))
+    else:
+        todo = list(QUICK) if options.quick else list(cases(options.arch, options.dtype, options.kernel, options.kind))
     print(f"triton {triton.__version__}, {len(todo)} configurations")
     faulty = 0
     with ProcessPoolExecutor(options.jobs) as pool:

@@ -2,11 +2,13 @@
 
 A kernel's name stands for its size bucket too: forward_small, rows and cross serve spans of at most SMALL tokens, the
 large_* kernels the others, own and numbers both. Every entry is compiled ahead of time by cacr_kernels.triton.aot.
+MEASURED holds the entries that a GPU chose, of the scores and of the query/key kernels (qk_launch has their rules).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 #: longest span served by the small path
 SMALL = 128
@@ -24,6 +26,15 @@ class Launch:
 def launch(i: int = 0, j: int = 0, c: int = 0, k: int = 0, warps: int = 4, stages: int = 1) -> Launch:
     sizes = {"BLOCK_I": i, "BLOCK_J": j, "BLOCK_C": c, "BLOCK_K": k}
     return Launch({name: size for name, size in sizes.items() if size}, warps, stages)
+
+
+class Key(NamedTuple):
+    """What an entry is for. ``variant``: "scores" or "qk"; ``head_size``: of "qk", padded (qk_launch.bucket)."""
+
+    variant: str
+    kernel: str
+    dtype: str
+    head_size: int = 0
 
 
 @dataclass(frozen=True)
@@ -65,16 +76,32 @@ TABLE: dict[int, dict[str, Plan]] = {
     100: {"float32": TF32X3, "float16": SPLIT, "bfloat16": SPLIT},
 }
 
+#: tile sizes of each kernel
+BLOCKS = {name: tuple(entry.blocks) for name, entry in kernels(16, 64, 8).items()}
+
+#: entries in place of the rules, by architecture; `cacr bench tune --as-code` prints them with their measurements
+MEASURED: dict[int, dict[Key, Launch]] = {}
+
+#: shared memory of one block in bytes, by architecture
+SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
+
 #: the interpreter: few large steps
 INTERPRETER = Plan(
     "ieee", {name: Launch(dict.fromkeys(entry.blocks, 64)) for name, entry in kernels(64, 64, 4).items()}
 )
 
 
-def plan(arch: int, dtype: str) -> Plan:
-    """The Plan of the compute capability ``arch`` (10 * major + minor): its own, or its family's.
+def family(arch: int) -> int:
+    """The architecture of the table that serves the compute capability ``arch`` (10 * major + minor).
 
     From 110 on, consumer cards have the 99 KB of shared memory of sm_89.
     """
-    family = arch if arch in TABLE else 89 if arch >= 110 else max(known for known in TABLE if known <= arch)
-    return TABLE[family][dtype]
+    return arch if arch in TABLE else 89 if arch >= 110 else max(known for known in TABLE if known <= arch)
+
+
+def plan(arch: int, dtype: str) -> Plan:
+    """The Plan of the compute capability ``arch`` (10 * major + minor): its own, or its family's."""
+    rules = TABLE[family(arch)][dtype]
+    measured = MEASURED.get(family(arch), {})
+    found = {key.kernel: entry for key, entry in measured.items() if key.variant == "scores" and key.dtype == dtype}
+    return Plan(rules.dot, {**rules.kernels, **found}) if found else rules

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -10,21 +9,9 @@ from torch import Tensor
 
 from ..problem import Options, Spans, block_limits
 from .common import Block, Scaling, SpanArgs, Work
-from .configs import INTERPRETER, SMALL, Plan, plan
+from .configs import INTERPRETER, SMALL, Plan
 from .products import project_kernel
-
-
-@cache
-def _device_plan(index: int, dtype: str) -> Plan:
-    major, minor = torch.cuda.get_device_capability(index)
-    return plan(10 * major + minor, dtype)
-
-
-def plan_for(x: Tensor) -> Plan:
-    """The launch table's entry for the device and dtype of x; CPU tensors belong to the interpreter."""
-    if x.device.type != "cuda":
-        return INTERPRETER
-    return _device_plan(x.device.index, str(x.dtype).removeprefix("torch."))
+from .table import scores_plan
 
 
 def tiles(n: int, block: int) -> int:
@@ -57,7 +44,7 @@ class Problem:
         self.n_heads = first.shape[1]
         self.count = first.shape[0] * first.shape[1]
         self.device = first.device
-        self.plan: Plan = plan_for(first)
+        self.plan: Plan = scores_plan(first.device, str(first.dtype).removeprefix("torch."), INTERPRETER)
         self.small = max(self.n_text, self.n_vision) <= SMALL
         self.kind = options.kind
         self.flags: dict[str, Any] = {"DOT": self.plan.dot, "UNIT": all(block.s_c == 1 for block in self.blocks)}

@@ -12,7 +12,9 @@ import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -24,8 +26,11 @@ from triton.runtime.jit import JITFunction
 
 from ..problem import Options, Spans
 from . import qk_problem
-from .aot import SHARED_LIMIT, SPILL_LIMIT, Report, inspect
+from .aot import Report, inspect
+from .configs import ARCHITECTURES, MEASURED, Key, Launch, family
 from .qk_host import qk_backward, qk_forward
+from .qk_launch import bucket
+from .table import read, trying
 
 HEAD_SIZES = (32, 64, 80, 96, 128, 256)
 DTYPES = ("float32", "float16", "bfloat16")
@@ -44,6 +49,15 @@ class Case:
     dtype: str
     d: int
     kind: str
+    #: of a file; none of them: the built-in table
+    entries: tuple[tuple[Key, Launch], ...] = ()
+
+    @property
+    def measured(self) -> bool:
+        """Whether a GPU chose an entry of this case."""
+        size = ("qk", self.dtype, bucket(self.d))
+        builtin = MEASURED.get(family(self.arch), {})
+        return bool(self.entries) or any((key.variant, key.dtype, key.head_size) == size for key in builtin)
 
 
 #: cases that start every kernel, on the chip with the least shared memory
@@ -64,6 +78,7 @@ def launches(case: Case) -> dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]
     table = torch.empty(2, 4, dtype=torch.int32, device="meta")
     problem = (Spans(0, 128, 0, 128, table), Options(kind=case.kind))  # type: ignore[arg-type]
     with (
+        trying(dict(case.entries)) if case.entries else nullcontext(),
         mock.patch.object(JITFunction, "run", record),
         mock.patch.object(qk_problem, "architecture", return_value=case.arch),
     ):
@@ -106,11 +121,7 @@ def compile_launch(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], a
 
 def faults(case: Case, name: str, report: Report) -> list[str]:
     """What is wrong with a compiled launch, in words; empty when it is within the limits."""
-    found = []
-    if report.spill > SPILL_LIMIT:
-        found.append(f"spills {report.spill} B a thread, at most {SPILL_LIMIT} allowed")
-    if report.shared > SHARED_LIMIT[case.arch]:
-        found.append(f"needs {report.shared} B of shared memory, sm_{case.arch} has {SHARED_LIMIT[case.arch]}")
+    found = report.excesses(case.arch, case.measured)
     if name == "forward" and case.dtype != "float32" and "tf32" in report.dots:
         found.append("rounds to tf32")
     return found
@@ -138,18 +149,34 @@ def cases(architectures: list[int], dtypes: list[str], sizes: list[int], kinds: 
                     yield Case(arch, dtype, d, kind)
 
 
+def table_cases(file: Path, kinds: list[str]) -> Iterator[Case]:
+    """Forward and backward with the query/key entries of a launch table, for every GPU, dtype and head size in it."""
+    found: dict[tuple[str, int, str, int], dict[Key, Launch]] = {}
+    for entry in read(file):
+        if entry.key.variant == "qk":
+            named = (entry.gpu, entry.arch, entry.key.dtype, entry.key.head_size)
+            found.setdefault(named, {})[entry.key] = entry.launch
+    for (_, arch, dtype, d), entries in found.items():
+        for kind in kinds:
+            yield Case(arch, dtype, d, kind, tuple(entries.items()))
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m cacr_kernels.triton.qk_aot", description=__doc__)
-    parser.add_argument("--arch", type=int, nargs="*", default=list(SHARED_LIMIT), choices=list(SHARED_LIMIT))
+    parser.add_argument("--arch", type=int, nargs="*", default=list(ARCHITECTURES), choices=ARCHITECTURES)
     parser.add_argument("--dtype", nargs="*", default=list(DTYPES), choices=DTYPES)
     parser.add_argument("--head-size", type=int, nargs="*", default=list(HEAD_SIZES))
     parser.add_argument("--kind", nargs="*", default=list(KINDS), choices=KINDS)
     parser.add_argument("--quick", action="store_true", help="two cases that start every kernel")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="entries of a launch table, not the built-in ones")
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         parser.error("TRITON_INTERPRET must be unset: interpreted kernels are not compiled")
-    todo = QUICK if options.quick else cases(options.arch, options.dtype, options.head_size, options.kind)
+    if options.table:
+        todo = list(table_cases(options.table, options.kind))
+    else:
+        todo = QUICK if options.quick else list(cases(options.arch, options.dtype, options.head_size, options.kind))
     faulty = total = 0
     with ProcessPoolExecutor(options.jobs) as pool:
         for lines in pool.map(check, todo):

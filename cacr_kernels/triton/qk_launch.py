@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import torch
 
+from . import configs
+
 #: tokens summed by one program of the Gram kernel; longer spans are summed in chunks, then over the chunks
 GRAM_CHUNK = 1024
 #: largest head size of the launch table
@@ -30,10 +32,27 @@ class Launch(NamedTuple):
     k: int = 32
     o: int = 64
 
+    def replaced(self, entry: configs.Launch) -> Launch:
+        """These dots with the tiles, warps and stages of an entry."""
+        sizes = {name.removeprefix("BLOCK_").lower(): size for name, size in entry.blocks.items()}
+        return self._replace(warps=entry.num_warps, stages=entry.num_stages)._replace(**sizes)  # type: ignore[arg-type]
+
 
 def block_d(d: int) -> int:
     """Head size padded to a power of two, at least 16 (the smallest contraction of a tensor-core dot)."""
     return max(16, 1 << (d - 1).bit_length())
+
+
+#: head sizes of the table, and tile sizes of each kernel
+HEADS = (32, 64, 128, 256)
+QK_BLOCKS = dict.fromkeys(("forward", "rows", "columns", "gram", "mix", "tokens"), ("BLOCK_M", "BLOCK_N")) | {
+    "wide": ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_O")
+}
+
+
+def bucket(d: int) -> int:
+    """The head size of the table that serves ``d``."""
+    return max(block_d(d), HEADS[0])
 
 
 #: sm_80, sm_86, sm_89 share one column, within the 99 KB of shared memory of sm_86; rows: padded head size
@@ -78,14 +97,20 @@ def launch(kernel: str, arch: int, dtype: torch.dtype, d: int) -> Launch:
 
     ``arch``: compute capability as 10 * major + minor; 0 is the interpreter.
     """
-    padded = block_d(d)
     if arch == 0:
         return Launch(32, 32, 4, 1, "ieee", k=128, o=256)
+    rule = _rule(kernel, arch, dtype, bucket(d))
+    key = configs.Key("qk", kernel, str(dtype).removeprefix("torch."), bucket(d))
+    measured = configs.MEASURED.get(configs.family(arch), {}).get(key)
+    return rule if measured is None else rule.replaced(measured)
+
+
+def _rule(kernel: str, arch: int, dtype: torch.dtype, d: int) -> Launch:
     if kernel == "wide":
         return Launch(32, 32, 4, 1)
     if kernel == "gram":
         return Launch(64, 32, 4, 2)
     if kernel in ("mix", "tokens"):
-        return Launch(32, 32, 8 if padded > 128 else 4, 2)
-    family = 9 if 90 <= arch < 120 else 8  # sm_120 has the shared memory of sm_86
-    return Launch(*_TILES[family, dtype][kernel][max(padded, 32)])
+        return Launch(32, 32, 8 if d > 128 else 4, 2)
+    column = 9 if 90 <= arch < 120 else 8  # sm_120 has the shared memory of sm_86
+    return Launch(*_TILES[column, dtype][kernel][d])

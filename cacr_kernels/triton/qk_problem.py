@@ -9,8 +9,9 @@ from torch import Tensor
 from ..problem import Options, Spans
 from .common import Block, SpanArgs
 from .qk_forward import qk_loss_kernel
-from .qk_launch import Launch, block_d, launch
+from .qk_launch import Launch, block_d
 from .qk_wide import Factors, qk_wide_forward_kernel, qk_wide_gradient_kernel
+from .table import qk_plan
 
 LOG2_E = 1.4426950408889634
 
@@ -41,7 +42,7 @@ class QKProblem:
         )
 
     def launch(self, kernel: str) -> Launch:
-        return launch(kernel, self.arch, self.q.dtype, self.d)
+        return qk_plan(kernel, self.q.device, self.arch, self.q.dtype, self.d)
 
     def tiles(self, block: int) -> tuple[int, int]:
         """Tiles of the text side, of both sides; a side not asked for has none."""

@@ -154,15 +154,20 @@ class Calls:
         return lambda: torch.autograd.grad(out, self.learning, ones, retain_graph=True)
 
 
-def check(calls: Calls, contender: Contender, leaves: list[Tensor], shape: Shape) -> tuple[float, float | None]:
-    """Relative errors of the result and of the gradients against float64, on up to three of the problems."""
+def picked(leaves: list[Tensor], shape: Shape) -> tuple[list[int], list[Tensor]]:
+    """Up to three of the problems: their numbers, and the leaves [problems, 1, ...] that hold them alone."""
     last = shape.problems - 1
     chosen = sorted({0, last // 2, last}) if shape.n < LARGE else [last]
-    picked = [x.flatten(0, 1)[chosen].unsqueeze(1) for x in leaves]
+    return chosen, [x.flatten(0, 1)[chosen].unsqueeze(1) for x in leaves]
+
+
+def check(calls: Calls, contender: Contender, leaves: list[Tensor], shape: Shape) -> tuple[float, float | None]:
+    """Relative errors of the result and of the gradients against float64, on up to three of the problems."""
+    chosen, some = picked(leaves, shape)
     if not calls.differentiable:
-        want = contender.expected(*(x.double() for x in picked), shape.n_text)
+        want = contender.expected(*(x.double() for x in some), shape.n_text)
         return relative_error(calls.forward().flatten(0, 1)[chosen], want.flatten(0, 1)), None
-    wide = [x.double().requires_grad_() for x in picked]
+    wide = [x.double().requires_grad_() for x in some]
     want = contender.expected(*wide, shape.n_text)
     want_gradients = torch.autograd.grad(want, wide, torch.ones_like(want))
     out, gradients = calls.both()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ PARTS = {
     "plot": "draw the pictures and the summary of a results folder",
     "training": "step time and memory of UNITER with and without the loss",
     "numerics": "errors of every backend against float64, as the table of docs/numerics.md",
+    "tune": "launches of the Triton kernels for this GPU, written to its launch table",
     "gpu-report": "everything about a GPU, in minutes",
 }
 DEFAULT_OUT = Path("benchmarks/results")
@@ -29,6 +31,7 @@ def main(argv: list[str]) -> int:
         "plot": _plot,
         "training": _training,
         "numerics": _numerics,
+        "tune": _tune,
         "gpu-report": _gpu_report,
     }[part](words)
 
@@ -167,6 +170,15 @@ def _numerics(argv: list[str]) -> int:
     from cacr_uniter.benchmark.numerics import main as numerics
 
     return numerics(argv, _parser("numerics", PARTS["numerics"]))
+
+
+def _tune(argv: list[str]) -> int:
+    if importlib.util.find_spec("triton") is None:
+        raise UserError("tuning needs the package triton: pip install triton")
+
+    from cacr_uniter.benchmark.tune_run import main as tune
+
+    return tune(argv, _parser("tune", PARTS["tune"]))
 
 
 def _gpu_report(argv: list[str]) -> int:

@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
 
 
 def examine() -> dict[str, Any]:
-    """The machine as plain values: versions, gpus, backends, native, missing packages, advice."""
+    """The machine as plain values: versions, gpus, backends, launch table, advice."""
     import torch
 
     import cacr_kernels
@@ -48,6 +48,7 @@ def examine() -> dict[str, Any]:
     }
     packages = ("cacr-kernels", "torch", "triton", "numpy", *sorted(set(EXTRA_PACKAGES.values())))
     versions = {name: _version(name) for name in packages}
+    launch_table, fault = _launch_table([str(gpu["name"]) for gpu in gpus])
     missing = [name for name in sorted(set(EXTRA_PACKAGES.values())) if versions[name] is None]
     return {
         "python": platform.python_version(),
@@ -57,8 +58,21 @@ def examine() -> dict[str, Any]:
         "torch_cuda": torch.version.cuda,
         "gpus": gpus,
         "backends": states,
-        "advice": _advice(states, gpus, missing, torch.version.cuda),
+        "launch_table": launch_table,
+        "advice": [*_advice(states, gpus, missing, torch.version.cuda), *([fault] if fault else [])],
     }
+
+
+def _launch_table(gpus: list[str]) -> tuple[str, str]:
+    """Which launch table the Triton kernels use, and what is wrong with it."""
+    try:
+        from cacr_kernels.triton import table
+
+        return table.in_use(gpus), ""
+    except ImportError as error:
+        return f"none ({error})", ""
+    except ValueError as error:
+        return "unusable", str(error)
 
 
 def _advice(states: dict[str, Any], gpus: list[Any], missing: list[str], torch_cuda: str | None) -> list[str]:
@@ -101,6 +115,7 @@ def _print(found: dict[str, Any]) -> None:
         print(f"  {name:<14}{'ready' if state['available'] else 'not available: ' + state['reason']}")
         if state["details"]:
             print(f"  {'':<14}{state['details']}")
+    print(f"launch table of the Triton kernels: {found['launch_table']}")
     print("what to do:" if found["advice"] else "nothing to do")
     for line in found["advice"]:
         print(f"  - {line}")

@@ -1,0 +1,68 @@
+"""Which launches a tuner may try: the neighbours of one, without those that cannot run or are bound to be slow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from .configs import SHARED_LIMIT, Key, Launch, family, plan
+from .qk_launch import QK_BLOCKS
+from .qk_launch import launch as qk_launch
+from .table import SIZES
+
+WARPS, STAGES = (2, 4, 8), (1, 2, 3, 4)
+#: float32 numbers of one tile, of several, that a thread can hold
+MOST_NUMBERS = 64
+#: multiply-adds a thread unrolls without tensor cores; beyond it compiling takes minutes
+MOST_UNROLLED = 1024
+
+
+def builtin(key: Key, arch: int) -> Launch:
+    """The built-in entry of ``key``."""
+    if key.variant == "scores":
+        return plan(arch, key.dtype).kernels[key.kernel]
+    found = qk_launch(key.kernel, arch, getattr(torch, key.dtype), key.head_size)
+    sizes = {name: getattr(found, name.removeprefix("BLOCK_").lower()) for name in QK_BLOCKS[key.kernel]}
+    return Launch(sizes, found.warps, found.stages)
+
+
+def neighbours(launch: Launch) -> Iterator[Launch]:
+    """One step along each axis: a tile doubled or halved, more or fewer warps or stages, and a tile with its warps."""
+    for name, size in launch.blocks.items():
+        for new in _beside(size, SIZES):
+            larger = replace(launch, blocks=launch.blocks | {name: new})
+            yield larger
+            for warps in _beside(launch.num_warps, WARPS):
+                if (warps > launch.num_warps) == (new > size):
+                    yield replace(larger, num_warps=warps)
+    for warps in _beside(launch.num_warps, WARPS):
+        yield replace(launch, num_warps=warps)
+    for stages in _beside(launch.num_stages, STAGES):
+        yield replace(launch, num_stages=stages)
+
+
+def _beside(value: int, options: tuple[int, ...]) -> list[int]:
+    smaller = [option for option in options if option < value]
+    larger = [option for option in options if option > value]
+    return smaller[-1:] + larger[:1]
+
+
+def possible(key: Key, launch: Launch, arch: int) -> bool:
+    """False for launches that surely need more shared memory or registers than there are, or leave threads idle.
+
+    A dot of [M, K] with [K, N] keeps its factors in shared memory, once a pipeline stage, and [M, N] in registers.
+    """
+    sizes = dict(launch.blocks)
+    inner = sizes.pop("BLOCK_K", None) or key.head_size or min(sizes.values())
+    smallest, *_, second, largest = sorted([min(sizes.values()), *sizes.values()])
+    itemsize = 4 if key.dtype == "float32" else 2
+    shared = max(launch.num_stages - 1, 1) * (smallest + largest) * inner * itemsize
+    threads, numbers = 32 * launch.num_warps, second * largest
+    unrolled = key.variant == "scores" and plan(arch, key.dtype).dot == "ieee"
+    return (
+        shared <= SHARED_LIMIT[family(arch)]
+        and threads <= numbers <= MOST_NUMBERS * threads
+        and not (unrolled and numbers * inner > MOST_UNROLLED * threads)
+    )
