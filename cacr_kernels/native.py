@@ -127,19 +127,18 @@ def _new_gradients(inputs: list[Tensor]) -> list[Tensor]:
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
 
 
-def _scaled(gradient: Tensor, grad_loss: Tensor) -> Tensor:
-    """grad_loss [B, H] times a contiguous gradient [B, H, ...] of the same dtype."""
-    batch, heads = grad_loss.shape
-    target = torch.empty_like(gradient)
+def _scale(source: Tensor, target: Tensor, factor: Tensor) -> Tensor:
+    """target = factor [B, H] times source, both contiguous [B, H, ...] of one dtype; they may be the same tensor."""
+    batch, heads = factor.shape
     _native.scale_cpu(
-        _DTYPES[gradient.dtype],
+        _DTYPES[source.dtype],
         batch,
         heads,
-        gradient[0, 0].numel() if batch * heads else 0,
-        gradient.data_ptr(),
+        source[0, 0].numel() if batch * heads else 0,
+        source.data_ptr(),
         target.data_ptr(),
-        grad_loss.data_ptr(),
-        grad_loss.stride(),
+        factor.data_ptr(),
+        factor.stride(),
         torch.get_num_threads(),
     )
     return target
@@ -148,8 +147,9 @@ def _scaled(gradient: Tensor, grad_loss: Tensor) -> Tensor:
 class _Cpu:
     """C++ kernels: a thread works on one problem (b, h) at a time, so results do not depend on the thread count.
 
-    A forward that needs gradients computes them for grad_loss = 1 in the same pass and saves them, and the backward
-    multiplies; where :func:`saves_gradients` says no, the backward computes everything again.
+    A forward that needs gradients computes them for the expected grad_loss in the same pass and saves them, and the
+    backward multiplies by what it got over what was expected; where :func:`saves_gradients` says no, the backward
+    computes everything again.
     """
 
     #: "" is the widest instruction set of this machine; tests set narrower ones
@@ -158,12 +158,14 @@ class _Cpu:
     def scores_forward(
         self, inputs: list[Tensor], spans: Spans, options: Options, needs_grad: bool
     ) -> tuple[Tensor, list[Tensor]]:
-        """Loss [B, H] of [attn] or [tt, tv, vt, vv], and the gradients for grad_loss = 1 if they are to be saved."""
+        """Loss [B, H] of [attn] or [tt, tv, vt, vv], and the gradients if they are to be saved."""
         loss = inputs[0].new_empty(inputs[0].shape[:2], dtype=_loss_dtype(inputs))
         problem = _problem(inputs, spans, options)
         problem.set_loss(loss.data_ptr())
         saved = _new_gradients(inputs) if needs_grad and saves_gradients(inputs) else []
         if saved:
+            expected = loss.new_full((1, 1), options.expected_grad)
+            problem.set_grad_loss(expected.data_ptr(), (0, 0))
             problem.set_grads(_tensors(saved))
         self._run(problem)
         return loss, saved
@@ -174,7 +176,8 @@ class _Cpu:
         """d sum(grad_loss * loss) / d input for each input; grad_loss [B, H] with any strides."""
         grad_loss = grad_loss.to(_loss_dtype(inputs))
         if saved:
-            return [_scaled(gradient, grad_loss) for gradient in saved]
+            factor = grad_loss / options.expected_grad
+            return [_scale(gradient, torch.empty_like(gradient), factor) for gradient in saved]
         gradients = _new_gradients(inputs)
         problem = _problem(inputs, spans, options)
         problem.set_grad_loss(grad_loss.data_ptr(), grad_loss.stride())
@@ -191,6 +194,8 @@ class _Cpu:
         problem.set_loss(loss.data_ptr())
         saved = _new_gradients(inputs) if needs_grad and saves_gradients(inputs) else []
         if saved:
+            expected = loss.new_full((1, 1), options.expected_grad)
+            problem.set_grad_loss(expected.data_ptr(), (0, 0))
             problem.set_grads(*map(_tensor, saved))
         self._run_qk(problem)
         return loss, saved
@@ -207,13 +212,23 @@ class _Cpu:
         """d sum(grad_loss * loss) / d q and / d k; grad_loss [B, H] with any strides."""
         grad_loss = grad_loss.to(_loss_dtype(inputs))
         if saved:
-            return [_scaled(gradient, grad_loss) for gradient in saved]
+            factor = grad_loss / options.expected_grad
+            return [_scale(gradient, torch.empty_like(gradient), factor) for gradient in saved]
         gradients = _new_gradients(inputs)
         problem = _qk_problem(inputs, spans, options, scale)
         problem.set_grad_loss(grad_loss.data_ptr(), grad_loss.stride())
         problem.set_grads(*map(_tensor, gradients))
         self._run_qk(problem)
         return gradients
+
+    def rescale_(self, saved: list[Tensor], grad_loss: Tensor, expected_grad: float) -> list[Tensor]:
+        """The saved gradients themselves, now for this grad_loss: untouched if it is what was expected."""
+        grad_loss = grad_loss.to(saved[0].dtype)
+        if not bool((grad_loss == expected_grad).all()):
+            factor = grad_loss / expected_grad
+            for gradient in saved:
+                _scale(gradient, gradient, factor)
+        return saved
 
     def _run(self, problem: Any) -> None:
         problem.set_threads(torch.get_num_threads())

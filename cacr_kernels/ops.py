@@ -21,7 +21,8 @@ from .problem import ROW_NUMBERS, Options, Spans, saves_gradients
 
 _PROBLEM = (
     "Tensor? table, SymInt text_start, SymInt n_text, SymInt vision_start, SymInt n_vision, str kind, str sides, "
-    "float projection_scale, bool projection_mean, bool row_mean, str stop_gradient, float scale, str backend"
+    "float projection_scale, bool projection_mean, bool row_mean, str stop_gradient, float expected_grad, float scale, "
+    "str backend"
 )
 
 _library = torch.library.Library("cacr_kernels", "DEF")
@@ -119,9 +120,22 @@ class _Congruence(torch.autograd.Function):
         if torch.compiler.is_compiling():  # compiled graphs refuse a second derivative by themselves
             _, backward = _operators(ctx.variant)
             gradients = backward(grad_loss, inputs, saved, table, *ctx.problem)
+        elif _holds_gradients(ctx.problem, saved) and not torch.is_grad_enabled() and not _graph_is_kept():
+            # nobody will ask for the saved gradients again: they become the result, without a copy
+            *_, expected_grad, _, backend = ctx.problem
+            gradients = _backend(backend).rescale_(saved, grad_loss, expected_grad)
         else:
             gradients = _Gradient.apply(ctx.variant, ctx.problem, ctx.n_inputs, table, grad_loss, *inputs, *saved)
         return None, None, None, None, *(g if w else None for g, w in zip(gradients, ctx.needs_input_grad[4:]))
+
+
+def _holds_gradients(problem: tuple[Any, ...], saved: list[Tensor]) -> bool:
+    return problem[-1] == "cpu" and bool(saved)
+
+
+def _graph_is_kept() -> bool:
+    """Whether the running backward pass leaves the graph for another one (retain_graph)."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 class _Gradient(torch.autograd.Function):
@@ -170,6 +184,7 @@ def congruence(
         options.projection_mean,
         options.row_mean,
         options.stop_gradient,
+        options.expected_grad,
         scale,
         backend,
     )

@@ -21,7 +21,11 @@ ROW_NUMBERS = 8
 
 @dataclass(frozen=True)
 class Options:
-    """The variant of the loss. X is multiplied by ``projection_scale`` and, if ``projection_mean``, by 1 / n_b^2."""
+    """The variant of the loss. X is multiplied by ``projection_scale`` and, if ``projection_mean``, by 1 / n_b^2.
+
+    ``expected_grad`` is the grad_loss that the backward will most likely get: a backend that computes gradients in the
+    forward multiplies them by it there. Any other grad_loss gives the right gradients too.
+    """
 
     kind: Kind = "scores"
     sides: Sides = "both"
@@ -29,6 +33,7 @@ class Options:
     projection_mean: bool = False
     row_mean: bool = False
     stop_gradient: StopGradient = "none"
+    expected_grad: float = 1.0
 
     @property
     def text(self) -> bool:
@@ -84,7 +89,7 @@ def new_gradients(inputs: list[Tensor], spans: Spans) -> list[Tensor]:
 
 
 def saves_gradients(inputs: list[Tensor]) -> bool:
-    """Whether the cpu backend's forward saves the gradients for grad_loss = 1, which its backward then only scales.
+    """Whether the cpu backend's forward saves the gradients for the expected grad_loss, to be scaled in the backward.
 
     Not for 16-bit inputs (a gradient is rounded once), nor when query heads share a key head: grad_k sums over heads
     whose grad_loss may differ.

@@ -26,8 +26,8 @@ from cacr_kernels.reference.closed_form import scores_reference
 from cacr_kernels.testing import loss_and_gradients, make_input, make_scores, relative_error
 
 NAN = float("nan")
-#: sides, projection_scale, projection_mean, row_mean, stop_gradient, scale, backend of the operators
-OPTIONS = ("both", 1.0, False, False, "none", 1.0, "cuda")
+#: sides, projection_scale, projection_mean, row_mean, stop_gradient, expected_grad, scale, backend of the operators
+OPTIONS = ("both", 1.0, False, False, "none", 1.0, 1.0, "cuda")
 CSRC = Path(__file__).parents[2] / "csrc"
 KINDS = ("scores", "softmax", "probs")
 

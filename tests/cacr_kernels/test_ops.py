@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 from cacr_kernels import fused_cacr, fused_cacr_qk
 from cacr_kernels.testing import loss_and_gradients, make_scores, relative_error
 
-OPTIONS = (0, 4, 4, 5, "scores", "both", 1.0, False, False, "none")
+OPTIONS = (0, 4, 4, 5, "scores", "both", 1.0, False, False, "none", 1.0)
 
 
 @pytest.fixture
@@ -89,6 +89,36 @@ def test_backward_twice_and_same_tensor_twice(backend, device):
     assert torch.equal(first, torch.autograd.grad(loss, q)[0])
     _, (expected,) = loss_and_gradients(lambda x: fused_cacr_qk(x, x, 4, backend="reference"), q.double())
     assert relative_error(first, expected) < 1e-4
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.3])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("backend", ["cpu"])
+def test_writing_into_a_gradient_does_not_change_a_later_one(backend, reduction, weight):
+    """The cpu forward saves the gradient, and the last backward of a graph hands it out."""
+
+    def function(x, backend=backend):
+        return fused_cacr(x, 4, reduction=reduction, backend=backend) * weight
+
+    attn = make_scores(4, 5, batch=2, heads=3, dtype=torch.float64).requires_grad_()
+    loss = function(attn)
+    _, (expected,) = loss_and_gradients(lambda x: function(x, "reference"), attn)
+    for keep in (True, True, False):
+        (gradient,) = torch.autograd.grad(loss, attn, retain_graph=keep)
+        assert relative_error(gradient, expected) < 1e-10
+        gradient.fill_(7)
+
+
+def test_the_expected_grad_output_costs_no_pass_over_the_gradient(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("the gradient was scaled")
+
+    monkeypatch.setattr("cacr_kernels.native._scale", refuse)
+    for reduction in ("mean", "sum"):
+        attn = make_scores(4, 5, batch=2, heads=3).requires_grad_()
+        fused_cacr(attn, 4, reduction=reduction, backend="cpu").backward()
+    with pytest.raises(AssertionError, match="scaled"):
+        (fused_cacr(attn, 4, backend="cpu") * 0.3).backward()
 
 
 def test_frozen_inputs_and_no_grad(backend, device):

@@ -222,7 +222,7 @@ def test_invalid_spans_poison_their_example_only(kernel, device, kind):
     forward, backward = torch.ops.cacr_kernels.qk_forward, torch.ops.cacr_kernels.qk_backward
     results = []
     for inputs, spans in (([q, k], (table, 0, 20, 0, 40)), ([q[:1], k[:1]], (None, *SPANS[0]))):
-        problem = (*spans, kind, "both", 1.0, False, False, "none", 0.2, kernel)
+        problem = (*spans, kind, "both", 1.0, False, False, "none", 1.0, 0.2, kernel)
         loss, saved = forward(inputs, *problem, True)
         results.append((loss, *backward(torch.ones_like(loss), inputs, saved, *problem)))
     for actual, valid in zip(*results):
@@ -264,7 +264,7 @@ def test_opcheck(kernel, device, kind, spans_kind):
         pytest.skip("the reference is plain PyTorch, without operators")
     q, k = make_qk(12, 32, batch=2, device=device)
     table = torch.tensor([[0, 4, 4, 5], [1, 3, 5, 2]], dtype=torch.int32, device=device)
-    options = (0, 4, 4, 5, kind, "both", 1.0, False, False, "none")
+    options = (0, 4, 4, 5, kind, "both", 1.0, False, False, "none", 1.0)
     problem = (table if spans_kind == "table" else None, *options, 0.2, kernel)
     torch.library.opcheck(torch.ops.cacr_kernels.qk_forward, ([q, k], *problem, True))
     loss, saved = torch.ops.cacr_kernels.qk_forward([q, k], *problem, True)
