@@ -9,7 +9,7 @@ import importlib
 import os
 import sys
 
-from cacr_uniter.errors import UserError
+from cacr_uniter.errors import ProcessError, UserError
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("doctor", "versions, GPUs, backends, and what to do about what is missing"),
@@ -72,6 +72,8 @@ def main(argv: list[str] | None = None) -> int:
         return 141
     except (UserError, ValueError) as error:
         return _fail(error, str(error), traceback)
+    except OSError as error:
+        return _fail(error, _refused(error), traceback)
     except ModuleNotFoundError as error:
         advice = _missing(error.name or "")
         if advice is None:
@@ -110,10 +112,20 @@ def _missing(module: str) -> str | None:
     return None
 
 
+def _refused(error: OSError) -> str:
+    """Sentence about a file that the system would not read or write."""
+    reason = error.strerror or str(error) or type(error).__name__
+    return f"{error.filename}: {reason.lower()}" if error.filename else reason
+
+
 def _fail(error: Exception, message: str, traceback: bool) -> int:
+    """Prints the sentence, unless the first of the processes that torchrun started prints the same one."""
     if traceback:
         raise error
-    print(f"cacr: {message}", file=sys.stderr)
+    rank = os.environ.get("RANK", "0")
+    if rank == "0" or isinstance(error, ProcessError):
+        process = f"process {rank}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 and rank != "0" else ""
+        print(f"cacr: {process}{message}", file=sys.stderr)
     return 2
 
 

@@ -109,6 +109,26 @@ def test_a_run_of_two_processes_continues_on_one(tmp_path: Path, two: Path) -> N
     close(resumed.history, log(two))
 
 
+def test_a_mistake_is_told_once(tmp_path: Path) -> None:
+    """By the command itself on two processes: the first prints the sentence, both end with 2."""
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    words = [sys.executable, "-m", "cacr_uniter.cli", "train", "--optim.lr", "-1", "--run.out", str(tmp_path / "run")]
+    started = [
+        subprocess.Popen(
+            words,
+            env=os.environ | common | {"RANK": rank, "LOCAL_RANK": rank, "ACCELERATE_USE_CPU": "true"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    printed = [process.communicate(timeout=120)[1] for process in started]
+    assert [process.returncode for process in started] == [2, 2]
+    assert "cacr: optim.lr is -1.0: give a positive number\n" in printed[0]
+    assert "cacr:" not in printed[1]
+    assert not (tmp_path / "run").exists()
+
+
 def test_anchors_must_divide_among_processes(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"batch\.anchors is 2 for 3 processes"):
         check(small_config(tmp_path), 3)

@@ -129,15 +129,16 @@ def test_check_finds_what_is_wrong_with_captions(tmp_path: Path) -> None:
     with TextDBWriter(tmp_path / "t.db", {"UNK": 1, "CLS": 2, "SEP": 3, "MASK": 4}, 20, "v") as writer:
         writer.write("1", [5, 6], "a.npz")
         writer.write("2", [5, 25], "b.npz")
+        writer.write("3", [5, 6], "b.npz")
     with ImageDBWriter(tmp_path / "img") as images:
         images.write("a.npz", np.ones((1, 4)), np.array([[0.1, 0.2, 0.5, 0.9, 0.4, 0.7]]))
-    for name, value in (("id2len", {"1": 3, "2": 2, "9": 1}), ("img2txts", {"a.npz": ["1"], "b.npz": []})):
+    for name, value in (("id2len", {"1": 3, "2": 2, "3": 2, "9": 1}), ("img2txts", {"a.npz": ["1"], "b.npz": []})):
         (tmp_path / "t.db" / f"{name}.json").write_text(json.dumps(value))
     report = check_database(tmp_path / "t.db", images=tmp_path / "img")
     text = str(report)
     for problem in (
         "1: 2 pieces, id2len.json says 3",
-        "2: not in img2txts.json under b.npz",
+        "3: not in img2txts.json under b.npz",
         "no record '9'",
         "piece 25 is beyond the vocabulary of 20",
         "1 images are not in the image database, first 'b.npz'",
@@ -146,5 +147,5 @@ def test_check_finds_what_is_wrong_with_captions(tmp_path: Path) -> None:
     assert len(report.problems) == 5
     with pytest.raises(UserError, match=r"no data\.mdb"):
         check_database(tmp_path / "nowhere.db")
-    with pytest.raises(UserError, match="found none"):
+    with pytest.raises(UserError, match="no such folder"):
         check_database(tmp_path / "nowhere")

@@ -109,7 +109,7 @@ def test_killed_between_checkpoints(whole: Path, tmp_path: Path, step: int) -> N
     [
         ("save_file", 5, False, 2),  # weights written
         ("save_file", 6, False, 2),  # optimizer written
-        ("_flush", 15, True, 2),  # among the flushes of the third checkpoint
+        ("flush", 15, True, 2),  # among the flushes of the third checkpoint
         ("_remove", 1, True, 4),  # fourth checkpoint complete, the oldest not yet removed
     ],
 )

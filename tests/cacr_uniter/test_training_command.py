@@ -221,6 +221,19 @@ def test_plan_from_the_command(databases: Path, tmp_path: Path, capsys: pytest.C
     assert not (tmp_path / "run").exists()
 
 
+def test_the_plan_takes_its_sizes_from_a_checkpoint(
+    databases: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments(databases, tmp_path / "run", optim__steps=2)) == 0
+    capsys.readouterr()
+    assert main([*arguments(databases, tmp_path / "run"), "--plan"]) == 0
+    small = capsys.readouterr().out
+    words = ["--data.scenes", str(databases), "--model.checkpoint", str(tmp_path / "run"), "--plan"]
+    fields = {k: v for k, v in SMALL.items() if not k.startswith("model.")} | {"model.dropout": 0.1}
+    assert main(["train", *words, *(word for k, v in fields.items() for word in (f"--{k}", str(v)))]) == 0
+    assert capsys.readouterr().out == small
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

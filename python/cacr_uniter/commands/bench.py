@@ -7,6 +7,7 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cacr_uniter.arguments import Parser, positive
 from cacr_uniter.commands.progress import bars
 from cacr_uniter.errors import UserError
 
@@ -53,8 +54,8 @@ def pick_device(wanted: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _parser(name: str, description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser(name: str, description: str) -> Parser:
+    parser = Parser(
         prog=f"cacr bench {name}".strip(),
         description=description,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -78,8 +79,8 @@ def _kernels(argv: list[str]) -> int:
     add("--contenders", nargs="+", metavar="NAME", help="only these: triton, cuda, cpu, eager, compiled, bmm, ...")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: the GPU if there is one")
     add("--seconds", type=float, help="of timing each direction (default: 0.2 quick, 1 full)")
-    add("--processes", type=int, help="fresh processes in which a CPU is timed (default: 1 quick, 3 full)")
-    add("--threads", type=int, help="of a CPU (default: torch's own choice)")
+    add("--processes", type=positive, help="fresh processes in which a CPU is timed (default: 1 quick, 3 full)")
+    add("--threads", type=positive, help="of a CPU (default: torch's own choice)")
     add("--clock", choices=("wall", "process"), default="wall", help="process: processor time, for --threads 1 on a "
         "CPU that others use too")  # fmt: skip
     add("--budget", type=float, help="seconds after which no new shape is started (default: 40 quick, none full)")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
+from cacr_uniter.arguments import Parser
 from cacr_uniter.commands.progress import bars
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="cacr data check",
         description="Read every record of a text or image database and compare it with its JSON files and with sense. "
         "Exit status 1 if there are problems.",

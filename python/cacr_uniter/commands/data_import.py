@@ -6,16 +6,33 @@ import argparse
 import json
 from pathlib import Path
 
+from cacr_uniter.arguments import Parser, positive
 from cacr_uniter.commands.progress import bars
+from cacr_uniter.errors import UserError
 
 CAPTION_FORMATS = ("karpathy-json", "winoground")
+BELONGS = {
+    "labels": ("vinvl-tsv",),
+    "ids": ("hdf5-fixed", "hdf5-adaptive"),
+    "vocab": CAPTION_FORMATS,
+    "splits": ("karpathy-json",),
+}
+"""Formats that an option is for."""
 
 
 def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
+    _check(args)
     if args.format in CAPTION_FORMATS:
         return _captions(args)
     return _features(args)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuses options that the format does not read."""
+    for name, formats in BELONGS.items():
+        if getattr(args, name) is not None and args.format not in formats:
+            raise UserError(f"--{name} belongs to {', '.join(formats)}, the format is {args.format}")
 
 
 def _features(args: argparse.Namespace) -> int:
@@ -46,7 +63,6 @@ def _features(args: argparse.Namespace) -> int:
 
 def _captions(args: argparse.Namespace) -> int:
     from cacr_uniter.data.importers.captions import import_captions
-    from cacr_uniter.errors import UserError
     from cacr_uniter.evaluation.captions import import_examples
 
     if args.vocab is None:
@@ -62,8 +78,8 @@ def _captions(args: argparse.Namespace) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="cacr data import",
         description="Import region features, or the captions of a Karpathy JSON or of Winoground's examples, into the "
         "published database formats. "
@@ -79,16 +95,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, help="folder that will hold the database")
     add("--names", help="npz names: keep, flickr30k, coco, ... (default: keep; captions: as the JSON says)")
     add("--threshold", type=float, default=0.2, help="confidence above which regions are kept (default: 0.2)")
-    add("--max-boxes", type=int, default=100, help="most regions of an image (default: 100)")
+    add("--max-boxes", type=positive, default=100, help="most regions of an image (default: 100)")
     add("--min-boxes", type=int, default=10, help="least regions of an image, if it has them (default: 10)")
-    add("--fixed", type=int, help="keep exactly so many regions instead")
+    add("--fixed", type=positive, help="keep exactly so many regions instead")
     add("--compressed", action="store_true", help="store npz archives")
     add("--dtype", choices=("float16", "float32"), default="float16", help="of the stored numbers (default: float16)")
     add("--labels", type=Path, help="vinvl-tsv: the predictions file with the confidences")
     add("--ids", type=Path, help="hdf5: table of image ids, if it is not beside the file")
     add("--soft-labels", action="store_true", help="keep class probabilities")
     add("--skip-bad", action="store_true", help="leave damaged images out and report them")
-    add("--limit", type=int, help="only the first so many rows")
+    add("--limit", type=positive, help="only the first so many rows")
     add("--vocab", type=Path, help="captions: vocab.txt")
     add("--splits", nargs="+", metavar="SPLIT", help="karpathy-json: splits to write (default: all)")
     return parser

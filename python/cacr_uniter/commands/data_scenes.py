@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from cacr_uniter.arguments import Parser
 from cacr_uniter.commands.progress import bars
 from cacr_uniter.data.scenes.relations import RELATIONS
 from cacr_uniter.data.scenes.settings import SceneSettings
@@ -31,9 +32,9 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     default = SceneSettings()
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="cacr data scenes",
         description="Draw pictures with known truth; write pictures, captions, region features and a Winoground-like "
         "test set in the published database formats. The same options give the same content.",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import time
 from pathlib import Path
 
+from cacr_uniter.arguments import Parser
 from cacr_uniter.commands import data_scenes, eval_winoground
 
 SCENES = (
@@ -45,8 +45,8 @@ def _say(command: str, words: list[str]) -> None:
     print(f"$ cacr {command} {shlex.join(words)}", flush=True)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="cacr demo",
         description="Write a scene set, fine-tune a small UNITER on it with CACR, print text, image and group scores "
         "beside chance. What is done already is not done again.",

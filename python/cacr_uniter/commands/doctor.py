@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import json
 import os
@@ -10,6 +9,7 @@ import platform
 import sys
 from typing import Any
 
+from cacr_uniter.arguments import Parser
 from cacr_uniter.cli import EXTRA, EXTRA_PACKAGES
 
 ADVICE = {
@@ -20,7 +20,7 @@ ADVICE = {
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="cacr doctor", description="Versions, GPUs, backends, and what to do.")
+    parser = Parser(prog="cacr doctor", description="Versions, GPUs, backends, and what to do.")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)
     found = examine()

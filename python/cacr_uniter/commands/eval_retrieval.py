@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from cacr_uniter.arguments import Parser, positive
 from cacr_uniter.errors import UserError
 
 
@@ -45,8 +46,8 @@ def evaluate(args: argparse.Namespace, rank: int, processes: int) -> dict[str, A
     text_db = TextDB(text)
     dataset = RetrievalDataset(text_db, ImageDB(images))
     device = pick_device(_own_device(args.device, int(os.environ.get("LOCAL_RANK", "0"))))
-    model = load_model(args.checkpoint, args.model_size, int(text_db.meta["v_range"][1]), dataset.feature_dim, device)
-    limit = min(args.max_images or len(dataset.image_names), len(dataset.image_names))
+    model = load_model(args.checkpoint, args.model_size, text_db.vocab_size, dataset.feature_dim, device)
+    limit = args.max_images or len(dataset.image_names)
     number = {name: i for i, name in enumerate(dataset.image_names)}
     chosen = subset([number[dataset.txt2img[key]] for key in dataset.caption_ids], limit)
     dataset = dataset.restricted(chosen)
@@ -62,7 +63,7 @@ def evaluate(args: argparse.Namespace, rank: int, processes: int) -> dict[str, A
     matrix.open_parts(args.out, identity)
     source = open_source(dataset, DataConfig())
     n_captions = len(dataset.caption_ids)
-    with bars() as progress:
+    with bars(rank == 0) as progress:
         matrix.score_blocks(
             args.out, model, source, order, n_captions, args.block, args.head, args.batch_size, rank, processes,
             lambda done, total: progress("pairs", done, total),
@@ -106,8 +107,8 @@ def _show(report: dict[str, Any]) -> None:
     console.print(f"sum of the six: {report['rsum']:.2f}; {report['head']} head; ties by rule '{report['ties']}'")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="cacr eval retrieval",
         description="Recall of image and text retrieval over the scores of all captions with all images. Scores are "
         "kept in --out; the same command goes on where it was stopped, and torchrun shares the work between processes.",
@@ -119,12 +120,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--split", default="val", help="split of the scene set: train, val, winoground (default: val)")
     add("--text", type=Path, help="text database (instead of --data)")
     add("--images", type=Path, help="image database (instead of --data)")
-    add("--max-images", type=int, help="only the first so many images, and their captions")
+    add("--max-images", type=positive, help="only the first so many images, and their captions")
     add("--ties", choices=("index", "pessimistic"), default="index", help="rule for equal scores (default: index)")
     add("--head", choices=("rank", "itm"), default="rank", help="head that scores a pair (default: rank)")
     add("--model-size", help="for a weights file: base (default), large or a configuration JSON")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    add("--batch-size", type=int, default=400, help="pairs scored at once (default: 400)")
-    add("--block", type=int, default=32, help="images per part (default: 32)")
+    add("--batch-size", type=positive, default=400, help="pairs scored at once (default: 400)")
+    add("--block", type=positive, default=32, help="images per part (default: 32)")
     add("--json", action="store_true", help="print everything as JSON")
     return parser

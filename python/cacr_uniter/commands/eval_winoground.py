@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 
+from cacr_uniter.arguments import Parser, positive
 from cacr_uniter.errors import UserError
-from cacr_uniter.evaluation.examples import Example, breakdowns, read_difficulty, read_examples
+from cacr_uniter.evaluation.examples import BREAKDOWNS, Example, breakdowns, read_difficulty, read_examples
 from cacr_uniter.evaluation.winoground import METRICS, Scores, read_scores, summary, write_scores
 
 
 def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
-    if (args.scores is None) == (args.checkpoint is None):
-        raise UserError("give either --scores FILE or --checkpoint with --data")
+    _check(args)
     ids, scores, examples = _from_file(args) if args.scores else _from_model(args)
     if args.write_scores:
         write_scores(args.write_scores, ids, scores)
@@ -26,6 +26,9 @@ def main(argv: list[str]) -> int:
     if difficulty is not None and not examples:
         examples = [Example(key, ("", ""), ("", "")) for key in ids]
     report = summary(scores, breakdowns(examples, difficulty) if examples else None)
+    absent = [name for name in args.breakdown if not any(name == key.split()[0] for key in report["breakdowns"])]
+    if absent:
+        raise UserError(f"--breakdown {absent[0]}: the examples say nothing about it; give --examples or --difficulty")
     if args.json:
         print(json.dumps(report, indent=1))
     else:
@@ -33,15 +36,30 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def _check(args: argparse.Namespace) -> None:
+    """Refuses options that do not go together, and a file that could not be written after the work is done."""
+    if (args.scores is None) == (args.checkpoint is None):
+        raise UserError("give either --scores FILE or --checkpoint with --data")
+    idle = [name for name in ("text", "images", "model_size") if getattr(args, name) is not None]
+    if args.scores and idle:
+        raise UserError(f"--{idle[0].replace('_', '-')} belongs to --checkpoint, --scores needs no model")
+    if args.write_scores and not args.write_scores.parent.is_dir():
+        raise UserError(f"--write-scores: there is no folder {args.write_scores.parent}")
+    unknown = [name for name in args.breakdown if name not in BREAKDOWNS]
+    if unknown:
+        raise UserError(f"--breakdown: expected some of {', '.join(BREAKDOWNS)}, got {unknown[0]!r}")
+
+
 def _from_file(args: argparse.Namespace) -> tuple[list[str], Scores, list[Example]]:
     found = read_scores(args.scores)
-    examples = read_examples(args.examples) if args.examples else []
+    path = args.examples or (args.data / "winoground.json" if args.data else None)
+    examples = read_examples(path) if path else []
     ids = [example.id for example in examples] or sorted(found, key=lambda key: (len(key), key))
     absent = [key for key in ids if key not in found]
     surplus = len(found) + len(absent) - len(ids)
     if absent or surplus:
         what = f"has no scores of example {absent[0]!r}" if absent else f"has {surplus} examples more"
-        raise UserError(f"score file {args.scores} {what} than {args.examples}: the two must belong together")
+        raise UserError(f"score file {args.scores} {what} than {path}: the two must belong together")
     return ids, np.stack([found[key] for key in ids]), examples
 
 
@@ -50,7 +68,7 @@ def _from_model(args: argparse.Namespace) -> tuple[list[str], Scores, list[Examp
     from cacr_uniter.evaluation.scoring import load_model, open_examples, pick_device, score_examples
 
     dataset, examples = open_examples(args.data, args.examples, args.text, args.images)
-    vocab_size = int(dataset.text_db.meta["v_range"][1])
+    vocab_size = dataset.text_db.vocab_size
     device = pick_device(args.device)
     model = load_model(args.checkpoint, args.model_size, vocab_size, dataset.feature_dim, device)
     with bars() as progress:
@@ -97,8 +115,8 @@ def _end(percent: float) -> str:
     return f"{percent:.1f}".replace("100.0", "100")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="cacr eval winoground",
         description="Which of two captions and two images with the same words belong together: text, image and group "
         "scores with strict inequalities, from a model or from a score file.",
@@ -114,8 +132,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--head", choices=("rank", "itm"), default="rank", help="head that scores a pair (default: rank)")
     add("--model-size", help="for a weights file: base (default), large or a configuration JSON")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    add("--batch-size", type=int, default=256, help="pairs scored at once (default: 256)")
+    add("--batch-size", type=positive, default=256, help="pairs scored at once (default: 256)")
     add("--write-scores", type=Path, metavar="FILE", help="also write the scores as such a file")
-    add("--breakdown", nargs="*", default=(), metavar="NAME", help="tables shown: split, tag, collapsed_tag, ...")
+    add("--breakdown", nargs="*", default=(), metavar="NAME", help=f"tables shown: {', '.join(BREAKDOWNS)}")
     add("--json", action="store_true", help="print everything as JSON")
     return parser

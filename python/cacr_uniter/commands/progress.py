@@ -7,14 +7,14 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def bars() -> Iterator[Callable[[str, int, int], None]]:
+def bars(shown: bool = True) -> Iterator[Callable[[str, int, int], None]]:
     """A function (what, done, total) that shows one bar per `what`."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description:>20}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     tasks: dict[str, TaskID] = {}
-    progress = Progress(*columns, console=Console(stderr=True))
+    progress = Progress(*columns, console=Console(stderr=True), disable=not shown)
 
     def update(what: str, done: int, total: int) -> None:
         if what not in tasks:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from pathlib import Path
 from typing import Any
 
+from cacr_uniter.arguments import Parser, positive
 from cacr_uniter.commands import data_scenes
 from cacr_uniter.commands.demo import SCENES
 from cacr_uniter.commands.progress import bars
@@ -56,8 +56,8 @@ def show(results: dict[str, Any]) -> None:
     console.print("Seeds differ in weights and sampling. A difference of means below the spread shows nothing.")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="cacr study",
         description="Train the same small UNITER without and with each auxiliary loss, over several seeds, and compare "
         "the scores. An interrupted study goes on when the same command is run again.",
@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--scenes", type=Path, help="scene set (default: the demo's, written into --out)")
     add("--preset", default="demo", help="preset of cacr train (default: demo)")
     add("--variants", nargs="+", metavar="LOSS", default=list(DEFAULT_VARIANTS), help=f"of: {', '.join(VARIANTS)}")
-    add("--seeds", type=int, default=5, help="seeds 0 .. N - 1 (default: 5)")
-    add("--processes", type=int, default=min(2, os.cpu_count() or 1), help="runs at a time (default: 2)")
+    add("--seeds", type=positive, default=5, help="seeds 0 .. N - 1 (default: 5)")
+    add("--processes", type=positive, default=min(2, os.cpu_count() or 1), help="runs at a time (default: 2)")
     add("train", nargs="*", help="after --: further options of cacr train, such as --optim.steps=1500")
     return parser

@@ -6,18 +6,33 @@ import dataclasses
 
 import numpy as np
 
+from cacr_uniter.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class BoxRule:
     """How many of an image's regions, sorted by falling confidence, are used.
 
     min(max_boxes, max(min_boxes, number of regions with confidence > threshold)), or `fixed` regions of every image.
+
+    Raises:
+        UserError: bounds that no image can meet.
     """
 
     threshold: float = 0.2
     max_boxes: int = 100
     min_boxes: int = 10
     fixed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.fixed is not None and self.fixed < 1:
+            raise UserError(f"box rule: expected a fixed number of regions from 1, got {self.fixed}")
+        if not 0 <= self.min_boxes <= self.max_boxes or self.max_boxes < 1:
+            raise UserError(
+                f"box rule: expected 0 <= least regions <= most regions, got {self.min_boxes} and {self.max_boxes}"
+            )
+        if not 0 <= self.threshold < 1:
+            raise UserError(f"box rule: expected a confidence threshold from 0 to below 1, got {self.threshold}")
 
     @property
     def folder(self) -> str:

@@ -95,13 +95,14 @@ def _check_images(folder: Path, rule: BoxRule, progress: Progress | None) -> Che
     report.records = len(names)
     if counts:
         report.facts = {"regions": f"{min(counts)} to {max(counts)}", "feature width": max(widths, default=0)}
+    if not database.has_counts and "feat_th" in database.folder.name:
+        report.facts["box counts"] = "no file beside the folder, counted by confidence"
     return report
 
 
 def _check_texts(folder: Path, images: ImageDB | None, progress: Progress | None) -> CheckReport:
     database, report = TextDB(folder), CheckReport(str(folder), "text")
     highest = 0
-    upper = (database.meta.get("v_range") or [0, 0])[-1]
     for done, (caption_id, length) in enumerate(database.lengths.items(), 1):
         try:
             caption = database.caption(caption_id)
@@ -116,8 +117,6 @@ def _check_texts(folder: Path, images: ImageDB | None, progress: Progress | None
             report.problems.append(str(error))
         if progress is not None:
             progress("captions", done, len(database))
-    if upper and highest >= upper:
-        report.problems.append(f"piece {highest} is beyond the vocabulary of {upper}")
     absent = [name for name in database.img2txts if images is not None and name not in images]
     if absent:
         report.problems.append(f"{len(absent)} images are not in the image database, first {absent[0]!r}")
@@ -151,6 +150,9 @@ def check_database(
         UserError: no database there, or its files cannot be read at all.
     """
     path = Path(folder)
+    inside = sorted(path.glob("*.db")) if not (path / "meta.json").is_file() else []
+    if inside:
+        raise UserError(f"{path} holds text databases: check one of {', '.join(map(str, inside))}")
     if (path / "meta.json").is_file() or path.suffix == ".db":
         return _check_texts(path, None if images is None else ImageDB(images, rule), progress)
     return _check_images(path, rule or BoxRule(), progress)

@@ -69,7 +69,11 @@ class ImageDB:
         for name in wanted:
             if (root / name / "data.mdb").is_file():
                 return root / name
-        raise UserError(f"image database {root}: found none of the folders {', '.join(wanted)} with a data.mdb")
+        if not root.is_dir():
+            raise UserError(f"image database {root}: no such folder")
+        there = sorted(path.parent.name for path in root.glob("*/data.mdb"))
+        other = f"; there is {', '.join(there)}, made by another rule" if there else ""
+        raise UserError(f"image database {root}: found none of {', '.join(wanted)} with a data.mdb{other}")
 
     @property
     def _holds_all(self) -> bool:
@@ -85,6 +89,11 @@ class ImageDB:
         if not isinstance(counts, dict) or not all(type(count) is int for count in counts.values()):
             raise UserError(f"image database {self.folder}: {path} is not a map of names to box counts")
         return counts
+
+    @property
+    def has_counts(self) -> bool:
+        """Whether the JSON file of box counts is there."""
+        return self._counts is not None
 
     def names(self) -> list[str]:
         """Names of all images."""
@@ -152,6 +161,10 @@ class ImageDB:
         arrays = self.record(name)
         used = self._used(name, arrays)
         features = torch.from_numpy(arrays["features"][:used].astype(np.float32))
+        if not torch.isfinite(features.sum()):
+            raise UserError(
+                f"image database {self.folder}: features of {name!r} are not finite numbers; copy or create it again"
+            )
         box = torch.from_numpy(arrays["norm_bb"][:used].astype(np.float32))
         regions = Regions(features, torch.cat([box, box[:, 4:5] * box[:, 5:6]], dim=1))
         size = sum(tensor.numel() * tensor.element_size() for tensor in regions)

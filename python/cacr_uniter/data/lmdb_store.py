@@ -166,6 +166,7 @@ class Writer:
             raise UserError(f"database {folder}: cannot be written ({error})") from error
         self._pending: list[tuple[bytes, bytes]] = []
         self._pending_bytes = 0
+        self._empty = self._environment.stat()["entries"] == 0
 
     def _initial_size(self) -> int:
         data = self.partial / "data.mdb"
@@ -199,6 +200,7 @@ class Writer:
                 self._environment.set_mapsize(2 * self._environment.info()["map_size"])
             except lmdb.Error as error:
                 raise UserError(f"database {self.folder}: cannot be written ({error}); is the disk full?") from error
+        self._empty = self._empty and not self._pending
         self._pending.clear()
         self._pending_bytes = 0
 
@@ -209,6 +211,8 @@ class Writer:
         self._environment.close()
         self.partial.rename(self.folder)
 
-    def abandon(self) -> None:
-        """Closes without finishing; committed records stay in the partial folder."""
+    def abandon(self, keep: bool = True) -> None:
+        """Closes without finishing; committed records stay in the partial folder if they are to be kept."""
         self._environment.close()
+        if self._empty or not keep:
+            shutil.rmtree(self.partial, ignore_errors=True)

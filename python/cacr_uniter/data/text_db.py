@@ -15,6 +15,8 @@ from cacr_uniter.data.lmdb_store import Reader, Writer, read_json, write_json
 from cacr_uniter.errors import UserError
 
 SPECIAL_IDS = ("CLS", "SEP")
+PUBLISHED_VOCABULARY = 28996
+WORDS = {int: "whole numbers", str: "names", list: "lists"}
 
 
 class Caption(NamedTuple):
@@ -34,6 +36,7 @@ class TextDB:
     Attributes:
         meta: the database's meta.json.
         cls, sep: ids of [CLS] and [SEP].
+        vocab_size: every id is below it.
         lengths: caption id -> word pieces without [CLS] and [SEP], in the file's order.
         txt2img: caption id -> image name.
         img2txts: image name -> caption ids.
@@ -49,13 +52,27 @@ class TextDB:
         self.lengths: dict[str, int] = read_json(self.folder / "id2len.json", "text database")
         self.txt2img: dict[str, str] = read_json(self.folder / "txt2img.json", "text database")
         self.img2txts: dict[str, list[str]] = read_json(self.folder / "img2txts.json", "text database")
-        for name, value in (("meta", self.meta), ("id2len", self.lengths), ("txt2img", self.txt2img)):
-            if not isinstance(value, dict):
-                raise UserError(f"text database {self.folder}: {name}.json is not a JSON object; create it again")
+        kinds = (("meta", self.meta, object), ("id2len", self.lengths, int), ("txt2img", self.txt2img, str))
+        for name, values, kind in (*kinds, ("img2txts", self.img2txts, list)):
+            if not isinstance(values, dict) or not all(isinstance(value, kind) for value in values.values()):
+                raise UserError(
+                    f"text database {self.folder}: {name}.json is not an object"
+                    f"{'' if kind is object else f' of {WORDS[kind]}'}; create it again"
+                )
         missing = [name for name in SPECIAL_IDS if not isinstance(self.meta.get(name), int)]
         if missing:
             raise UserError(f"text database {self.folder}: meta.json lacks the ids of {', '.join(missing)}")
         self.cls, self.sep = int(self.meta["CLS"]), int(self.meta["SEP"])
+        self.vocab_size = self._vocab_size()
+
+    def _vocab_size(self) -> int:
+        """End of meta.json's v_range, or of the published vocabulary where an older database has none."""
+        given = self.meta.get("v_range", [0, PUBLISHED_VOCABULARY])
+        if not (isinstance(given, list) and len(given) == 2 and all(type(end) is int for end in given)):
+            raise UserError(f"text database {self.folder}: v_range in meta.json is {given!r}, expected [first, end]")
+        if not max(self.cls, self.sep) < given[1]:
+            raise UserError(f"text database {self.folder}: CLS and SEP lie outside the vocabulary of {given[1]}")
+        return int(given[1])
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -76,6 +93,8 @@ class TextDB:
             input_ids, image = record["input_ids"], record["img_fname"]
             if not isinstance(input_ids, list) or not all(type(piece) is int and piece >= 0 for piece in input_ids):
                 raise ValueError("input_ids is not a list of ids")
+            if input_ids and max(input_ids) >= self.vocab_size:
+                raise ValueError(f"piece {max(input_ids)} is beyond the vocabulary of {self.vocab_size}")
             if not isinstance(image, str):
                 raise ValueError("img_fname is not a string")
         except (ValueError, KeyError) as error:
@@ -162,4 +181,4 @@ class TextDBWriter:
         if kind is None:
             self.close()
         else:
-            self._writer.abandon()
+            self._writer.abandon(keep=False)

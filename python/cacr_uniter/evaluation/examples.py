@@ -15,6 +15,9 @@ from cacr_uniter.evaluation.winoground import by_value
 PUBLISHED_IMAGE = "winoground_{id:04d}_{k}.npz"
 """Region features of image k of published example `id`, where the file names no npz."""
 
+BREAKDOWNS = ("split", "collapsed_tag", "num_main_preds", "secondary_tag", "tag", "difficulty")
+"""Names of the breakdowns, without the countings of secondary tags."""
+
 _SECONDARY = ("Symbolic", "Pragmatics", "Series", "Morpheme-Level")
 _COLUMNS = (
     *("id", "caption_0", "caption_1", "image_0", "image_1"),

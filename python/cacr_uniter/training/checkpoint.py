@@ -79,7 +79,7 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
         for name, tensors in ((MODEL, checkpoint.model), (OPTIMIZER, checkpoint.optimizer)):
-            save_file({key: value.detach().contiguous() for key, value in tensors.items()}, part / name)
+            save_file(plain_tensors(tensors), part / name)
         (part / SIZES).write_text(json.dumps(checkpoint.model_config, indent=2), encoding="utf-8")
         state = {
             "format": FORMAT,
@@ -90,11 +90,11 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         }
         (part / STATE).write_text(json.dumps(state, indent=2), encoding="utf-8")
         for path in (*part.iterdir(), part):
-            _flush(path)
+            flush(path)
         if final.exists():
-            shutil.rmtree(final)
+            _remove(final)
         os.rename(part, final)
-        _flush(folder)
+        flush(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(part, ignore_errors=True)
         last = newest(folder)
@@ -137,6 +137,11 @@ def load(path: Path) -> Checkpoint:
     return Checkpoint(state["step"], model, optimizer, sizes, state["config"], state["extra"])
 
 
+def plain_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As safetensors takes them."""
+    return {name: value.detach().contiguous() for name, value in tensors.items()}
+
+
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """State of an optimizer whose groups list their parameters' ``names``, as flat tensors."""
     return {
@@ -170,10 +175,10 @@ def readable_errors(what: str) -> Iterator[None]:
     """Turns a refused write (full disk, no permission) into a ``UserError``."""
     try:
         yield
-    except OSError as error:
-        raise UserError(
-            f"{what} could not be written ({_reason(error)}): free some space or choose another run.out"
-        ) from error
+    except (OSError, SafetensorError) as error:
+        full = not isinstance(error, OSError) or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        cure = "free some space or choose another run.out" if full else "choose another run.out"
+        raise UserError(f"{what} could not be written ({_reason(error)}): {cure}") from error
 
 
 def _reason(error: Exception) -> str:
@@ -182,7 +187,8 @@ def _reason(error: Exception) -> str:
     return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Waits until a file or folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

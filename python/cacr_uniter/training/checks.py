@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from cacr_uniter.errors import UserError
@@ -12,12 +13,35 @@ from cacr_uniter.training.config import AuxConfig, TrainConfig
 FREE_FIELDS = {
     "run": {
         *("out", "memory_limit", "threads", "resume", "overwrite", "checkpoint_every", "keep", "log_every"),
-        *("tensorboard", "report", "validate_every", "validation_anchors", "validation_candidates", "device"),
+        *("tensorboard", "report", "validate_every", "best", "validation_anchors", "validation_candidates", "device"),
     },
     "data": {"scenes", "text", "images", "val_text", "val_images", "cache", "cache_limit", "workers"},
     "model": {"checkpoint", "activation_checkpointing"},
     "batch": {"score_chunk"},
     "aux": {"backend"},
+}
+
+Bound = tuple[str, Callable[[float], bool], str]
+
+POSITIVE = (lambda value: value > 0, "a positive number")
+NOT_NEGATIVE = (lambda value: value >= 0, "0 or a positive number")
+
+#: fields of a section, what their numbers must fulfil, in words
+BOUNDS: dict[str, tuple[Bound, ...]] = {
+    "data": (("workers", *NOT_NEGATIVE),),
+    "model": (
+        ("freeze_layers initializer_range", *NOT_NEGATIVE),
+        ("dropout", lambda value: 0 <= value < 1, "a probability from 0 to below 1"),
+    ),
+    "batch": (("anchors negatives pool score_chunk", *POSITIVE),),
+    "loss": (("margin", *NOT_NEGATIVE),),
+    "aux": (("weight", *NOT_NEGATIVE), ("projection_scale reference_batch", *POSITIVE)),
+    "optim": (("lr steps eps", *POSITIVE), ("weight_decay clip", *NOT_NEGATIVE)),
+    "run": (
+        ("checkpoint_every keep log_every validation_anchors", *POSITIVE),
+        ("validate_every", *NOT_NEGATIVE),
+        ("validation_candidates", lambda value: value > 1, "2 or more"),
+    ),
 }
 
 
@@ -38,20 +62,13 @@ def check(config: TrainConfig, processes: int = 1) -> None:
     Raises:
         UserError: names the field, what came and what to do.
     """
-    batch, aux, optim, model, run = config.batch, config.aux, config.optim, config.model, config.run
-    positive = {
-        "batch.anchors": batch.anchors,
-        "batch.negatives": batch.negatives,
-        "batch.score_chunk": batch.score_chunk,
-        "optim.steps": optim.steps,
-        "run.checkpoint_every": run.checkpoint_every,
-        "run.keep": run.keep,
-        "run.log_every": run.log_every,
-        "optim.lr": optim.lr,
-    }
-    for name, value in positive.items():
-        if not (math.isfinite(value) and value > 0):
-            raise UserError(f"{name} is {value}: give a positive number")
+    batch, optim, run = config.batch, config.optim, config.run
+    sections = config.as_dict()
+    for section, (names, holds, words) in ((s, bound) for s, bounds in BOUNDS.items() for bound in bounds):
+        for name in names.split():
+            value = sections[section][name]
+            if isinstance(value, int | float) and not (math.isfinite(value) and holds(value)):
+                raise UserError(f"{section}.{name} is {value}: give {words}")
     if batch.anchors % processes:
         raise UserError(
             f"batch.anchors is {batch.anchors} for {processes} processes: give a multiple of the number of processes"
@@ -68,13 +85,15 @@ def check(config: TrainConfig, processes: int = 1) -> None:
             f"batch.pairs_per_forward is {batch.pairs_per_forward}, less than one group of {batch.negatives + 1} "
             "pairs: a group is compared inside one forward; raise it or lower batch.negatives"
         )
-    if not 0 <= model.dropout < 1:
-        raise UserError(f"model.dropout is {model.dropout}: give a probability from 0 to below 1")
     if optim.warmup < 0 or optim.warmup > optim.steps:
         raise UserError(f"optim.warmup is {optim.warmup}: give 0 to optim.steps ({optim.steps})")
     if not 0 <= run.seed < 2**63:
         raise UserError(f"run.seed is {run.seed}: give a whole number from 0 to 2^63 - 1")
-    _check_aux(aux)
+    if not all(0 <= beta < 1 for beta in optim.betas):
+        raise UserError(f"optim.betas is {list(optim.betas)}: give two numbers from 0 to below 1")
+    if config.data.max_text < 1 and config.data.max_text != -1:
+        raise UserError(f"data.max_text is {config.data.max_text}: give a number of word pieces, or -1 for all")
+    _check_aux(config.aux)
 
 
 def _check_aux(aux: AuxConfig) -> None:

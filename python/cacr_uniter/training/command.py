@@ -3,19 +3,47 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 from argparse import ArgumentError
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser
 
+from cacr_uniter.arguments import complaint
 from cacr_uniter.errors import UserError
 from cacr_uniter.training.config import TrainConfig
 
 PRESETS = Path(__file__).parent.parent / "presets"
+
+
+#: what jsonargparse says of a value: the field and the value
+WRONG_VALUE = re.compile(r'Parser key "([\w.]+)".*(?:Got|Given) value: (.*)')
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
+
+
+def fields() -> dict[str, Any]:
+    """Every field of a configuration, ``section.name``, and its type."""
+    sections = get_type_hints(TrainConfig)
+    return {f"{s}.{name}": hint for s, kind in sections.items() for name, hint in get_type_hints(kind).items()}
+
+
+def in_words(hint: Any) -> str:
+    """What a value of a type looks like."""
+    if hint in KINDS:
+        return KINDS[hint]
+    parts = get_args(hint)
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(parts)}" if len(parts) > 1 else str(parts[0])
+    if get_origin(hint) is list:
+        return "a list of whole numbers such as [-1]"
+    if get_origin(hint) is tuple:
+        return f"{len(parts)} numbers such as [0.9, 0.98]"
+    return " or ".join(map(in_words, parts))
 
 
 def presets() -> list[str]:
@@ -65,15 +93,33 @@ def _expand_presets(argv: Sequence[str]) -> list[str]:
     return expanded
 
 
+def _check_files(words: Sequence[str]) -> None:
+    """Refuses a configuration file that is no YAML mapping, by its name."""
+    named = [after for before, after in pairwise(words) if before == "--config"]
+    for name in named + [word.removeprefix("--config=") for word in words if word.startswith("--config=")]:
+        try:
+            value = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"--config {name} cannot be read ({error.strerror})") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"--config {name} is not YAML ({' '.join(str(error).split())})") from error
+        if not isinstance(value, dict):
+            raise UserError(f"--config {name}: expected fields of cacr train, got {type(value).__name__}")
+
+
 def _parse(argv: Sequence[str]) -> dict[str, Any]:
     parser = build_parser()
+    words = _expand_presets(argv)
+    _check_files(words)
     try:
-        values = parser.parse_args(_expand_presets(argv))
+        values = parser.parse_args(words)
         return dict(parser.instantiate(values))
     except ArgumentError as error:
-        raise UserError(f"{' '.join(str(error).split())}") from error
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"a configuration file cannot be read: {' '.join(str(error).split())}") from error
+        message = " ".join(str(error).split())
+        wrong = WRONG_VALUE.match(message)
+        if wrong is not None and wrong[1] in fields():
+            raise UserError(f"{wrong[1]}: expected {in_words(fields()[wrong[1]])}, got {wrong[2]}") from error
+        raise UserError(complaint("cacr train", message, parser._option_string_actions)) from error
 
 
 def _config(values: dict[str, Any]) -> TrainConfig:
@@ -110,4 +156,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     state = "finished" if result.finished else "stopped; the same command continues"
     print(f"{state} after {result.step} steps, {result.seconds:.0f} s: {result.checkpoint_path}")
+    if result.best_path is not None:
+        print(f"best on validation: {result.best_path}")
     return 0

@@ -215,6 +215,8 @@ class RunConfig:
         tensorboard: write TensorBoard events beside the JSON lines.
         report: write ``report.md`` and its curves at the end.
         validate_every: steps between validations; 0 is never.
+        best: what decides which validated weights are kept in ``out/best``: ``mean_r1`` (mean recall at 1 of images and
+            captions), ``ir_r1``, ``tr_r1``, ``mean_rank`` (small is good), or ``none`` to keep none.
         validation_anchors: captions and images used by a validation.
         validation_candidates: candidates each of them is ranked among (the published validation: 400).
     """
@@ -233,6 +235,7 @@ class RunConfig:
     tensorboard: bool = True
     report: bool = True
     validate_every: int = 500
+    best: Literal["mean_r1", "ir_r1", "tr_r1", "mean_rank", "none"] = "mean_r1"
     validation_anchors: int = 200
     validation_candidates: int = 400
 

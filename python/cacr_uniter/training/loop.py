@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import resource
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -17,13 +18,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cacr_uniter.errors import UserError
+from cacr_uniter.errors import ProcessError, UserError
 from cacr_uniter.model import UniterForRetrieval
 from cacr_uniter.training import checkpoint as checkpoints
+from cacr_uniter.training.best import Best
 from cacr_uniter.training.config import TrainConfig
 from cacr_uniter.training.logs import Display, RunLog
 from cacr_uniter.training.source import PairSource
-from cacr_uniter.training.step import Stepper
+from cacr_uniter.training.step import Portion, Stepper
 from cacr_uniter.training.validation import validate
 
 Evaluation = Callable[[UniterForRetrieval, int], dict[str, float]]
@@ -62,6 +64,7 @@ class Loop:
         stepper: runs a step.
         optimizer: the bare one, for checkpoints.
         log, display: of the main process.
+        best: keeps the best validated weights.
         validation: validation pairs, or none.
         evaluate: further evaluation of the main process, or none.
         extra: plain values of the checkpoint that the run resumes.
@@ -74,12 +77,14 @@ class Loop:
         optimizer: torch.optim.Optimizer,
         log: RunLog,
         display: Display,
+        best: Best,
         validation: PairSource | None,
         evaluate: Evaluation | None,
         extra: dict[str, Any],
     ) -> None:
         self.config, self.stepper, self.optimizer = config, stepper, optimizer
-        self.log, self.display, self.validation, self.evaluate = log, display, validation, evaluate
+        self.log, self.display, self.best = log, display, best
+        self.validation, self.evaluate = validation, evaluate
         self.folder = Path(config.run.out) / "checkpoints"
         self.accelerator = stepper.accelerator
         self._sums: list[float] = extra.get("window", [0.0] * 5)
@@ -89,7 +94,7 @@ class Loop:
     def run(self, start: int) -> int:
         """Runs steps ``start`` .. T - 1. Returns the steps done: fewer than T if a signal asked for a stop."""
         done = start
-        with StopRequest() as stop:
+        with StopRequest() as stop, self._errors_of_one_process():
             for done in self._steps(start):
                 run = self.config.run
                 last = done == self.config.optim.steps
@@ -104,17 +109,28 @@ class Loop:
 
     def _steps(self, start: int) -> Any:
         """Yields the number of finished steps after each."""
+        sums: Tensor | None = None
+        for portion in self._read(start):
+            if sums is None:
+                self.stepper.begin(portion.step)
+            part = self.stepper.backward(portion)
+            sums = part if sums is None else sums + part
+            if portion.last:
+                self._finish(portion.step, sums)
+                sums = None
+                yield portion.step + 1
+
+    def _read(self, start: int) -> Iterator[Portion]:
+        """The step's portions; a record that cannot be read is a matter of this process."""
         try:
-            sums: Tensor | None = None
-            for portion in self.stepper.portions(start):
-                if sums is None:
-                    self.stepper.begin(portion.step)
-                part = self.stepper.backward(portion)
-                sums = part if sums is None else sums + part
-                if portion.last:
-                    self._finish(portion.step, sums)
-                    sums = None
-                    yield portion.step + 1
+            yield from self.stepper.portions(start)
+        except UserError as error:
+            raise ProcessError(f"{error}; {self._kept()}") from error
+
+    @contextlib.contextmanager
+    def _errors_of_one_process(self) -> Iterator[None]:
+        try:
+            yield
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise self._out_of_memory() from error
         except RuntimeError as error:
@@ -176,6 +192,8 @@ class Loop:
                 f"step {done}: recall at 1 of {record['candidates']} candidates: images {record['ir_r1']:.1f} %, "
                 f"captions {record['tr_r1']:.1f} %"
             )
+            if self.accelerator.is_main_process and self.best.offer(record, self.stepper.model):
+                self.display.say(f"the best so far, kept in {self.best.folder}")
         if self.evaluate is not None and self.accelerator.is_main_process:
             self.stepper.model.eval()
             scores = self.evaluate(self.stepper.model, done)
@@ -234,8 +252,8 @@ class Loop:
             "or run.precision bf16 or fp32 in place of fp16"
         )
 
-    def _out_of_memory(self) -> UserError:
-        return UserError(
+    def _out_of_memory(self) -> ProcessError:
+        return ProcessError(
             f"out of memory on {self.accelerator.device}: {self._kept()}; lower batch.pairs_per_forward or "
             "batch.score_chunk, or take model.activation_checkpointing true, a larger model.freeze_layers or "
             "run.precision bf16"

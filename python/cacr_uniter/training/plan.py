@@ -204,7 +204,7 @@ def plan_run(config: TrainConfig) -> tuple[Plan, list[str]]:
     """The plan of a configuration and remarks on what it assumes.
 
     The data are read for their longest text and largest image if they are there; else the configured bounds count, with
-    the published vocabulary and feature width. No checkpoint is needed.
+    the published vocabulary and feature width. A checkpoint that is there decides the sizes; none is needed.
     """
     data = config.data
     notes = []
@@ -214,13 +214,14 @@ def plan_run(config: TrainConfig) -> tuple[Plan, list[str]]:
         assert dataset is not None
         text = max(dataset.text_db.lengths[key] for key in dataset.caption_ids) + 2
         regions = max(dataset.image_db.count(name) for name in dataset.image_names)
-        vocabulary, width = int(dataset.text_db.meta["v_range"][1]), dataset.feature_dim
+        vocabulary, width = dataset.text_db.vocab_size, dataset.feature_dim
     elif data.max_text < 0:
         raise UserError("data.max_text is -1 and there are no data yet: give a bound to plan for")
     else:
         notes.append("the data are not there yet: planned for the configured bounds and a vocabulary of 28996")
     random = replace(config.model, checkpoint=None)
-    model, _ = build_model(random, model_config(random, vocabulary, width), config.run.seed)
+    known = config.model if config.model.checkpoint and Path(config.model.checkpoint).exists() else random
+    model, _ = build_model(random, model_config(known, vocabulary, width), config.run.seed)
     notes.append(f"pairs of {text} text columns and {regions} regions, the longest there are")
     return make_plan(model, config, text, regions), notes
 

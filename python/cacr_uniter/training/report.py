@@ -10,6 +10,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 
+from cacr_uniter.training.best import Best
 from cacr_uniter.training.config import TrainConfig
 from cacr_uniter.training.sizes import show_size
 
@@ -28,7 +29,12 @@ TRAINED = (
 
 
 def write_report(
-    path: Path, config: TrainConfig, history: list[dict[str, Any]], checkpoint: Path, accelerator: Accelerator
+    path: Path,
+    config: TrainConfig,
+    history: list[dict[str, Any]],
+    checkpoint: Path,
+    best: Best,
+    accelerator: Accelerator,
 ) -> None:
     """Writes ``path`` and ``report.png`` beside it from the log of a finished run."""
     trained = [record for record in history if record["event"] == "train"]
@@ -41,13 +47,15 @@ def write_report(
     facts = {
         "steps": config.optim.steps,
         "trained pairs": f"{pairs:,}",
-        "time": f"{last['seconds'] / 60:.1f} min on {accelerator.num_processes} process(es), {device}",
+        "time": f"{show_time(last['seconds'])} on {accelerator.num_processes} process(es), {device}",
         "pairs per second at the end": f"{last['pairs_per_second']:.0f}",
         "peak memory": show_size(last["memory"]),
         "precision": config.run.precision,
         "software": f"torch {torch.__version__}, Python {platform.python_version()}",
         "checkpoint": f"`{checkpoint}`",
     }
+    if best.path is not None:
+        facts["best on validation"] = str(best)
     final = {title: f"{last[field]:.4g}" for field, title in TRAINED}
     lines = ["# Training report", "", *_table(("", ""), facts.items()), "", "## Last training record", ""]
     lines += [*_table(("quantity", "value"), final.items()), ""]
@@ -60,6 +68,13 @@ def write_report(
     lines += [yaml.safe_dump(config.as_dict(), sort_keys=False).rstrip(), "```", ""]
     _draw(path.with_name(CURVES), trained, [r for r in history if r["event"] != "train"])
     path.write_text("\n".join(lines), encoding="utf-8")
+
+
+def show_time(seconds: float) -> str:
+    """Seconds below two minutes, else minutes, else hours."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _show(value: Any) -> str:

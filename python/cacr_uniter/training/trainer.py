@@ -13,6 +13,7 @@ from accelerate import Accelerator
 
 from cacr_uniter.errors import UserError
 from cacr_uniter.training import checkpoint as checkpoints
+from cacr_uniter.training.best import BEST, Best
 from cacr_uniter.training.build import build_accelerator, build_model, model_config
 from cacr_uniter.training.checks import check, differences
 from cacr_uniter.training.config import TrainConfig
@@ -26,7 +27,7 @@ from cacr_uniter.training.step import Stepper
 
 #: what a run writes into its folder
 CHECKPOINTS, LOG, CONFIG, REPORT = "checkpoints", "log.jsonl", "config.yaml", "report.md"
-CONTENTS = (CHECKPOINTS, LOG, CONFIG, REPORT, CURVES, "tensorboard")
+CONTENTS = (CHECKPOINTS, LOG, CONFIG, REPORT, CURVES, BEST, "tensorboard")
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class TrainResult:
         checkpoint_path: newest checkpoint, a folder with ``model.safetensors`` and ``uniter.json``.
         step: optimizer steps done.
         finished: false if a signal stopped the run before its last step.
+        best_path: folder of the weights that did best in a validation, if some were kept.
         history: records of the log (main process only); ``event`` is ``train``, ``validation`` or ``evaluation``.
         seconds: wall time of this part of the run.
         report_path: final report, if one was wanted.
@@ -49,6 +51,7 @@ class TrainResult:
     finished: bool
     history: list[dict[str, Any]]
     seconds: float
+    best_path: Path | None = None
     report_path: Path | None = None
 
 
@@ -74,7 +77,7 @@ def train(config: TrainConfig, *, progress: bool = True, evaluate: Evaluation | 
         config,
         accelerator,
         open_source(dataset, data),
-        vocab_size=int(dataset.text_db.meta["v_range"][1]),
+        vocab_size=dataset.text_db.vocab_size,
         validation=open_source(validation, data) if validation is not None else None,
         progress=progress,
         evaluate=evaluate,
@@ -94,7 +97,7 @@ def train_on(
     """``train`` on pairs that are open already; ``vocab_size`` is that of the captions."""
     started = time.monotonic()
     out = Path(config.run.out)
-    resumed = _open_folder(config, out, accelerator)
+    resumed = _resumed(config, out)
     sizes = model_config(config.model, vocab_size, source.img_dim)
     model, loaded = build_model(config.model, sizes, config.run.seed)
     model.to(accelerator.device)
@@ -110,56 +113,63 @@ def train_on(
     prepared = accelerator.prepare_optimizer(optimizer, device_placement=False)
     stepper = Stepper(model, list(parameters.values()), prepared, config, source, accelerator)
     main = accelerator.is_main_process
-    log = RunLog(out, start, config.run.tensorboard, main)
+    _open_folder(config, out, accelerator)
+    log, best = RunLog(out, start, config.run.tensorboard, main), Best(out, config.run.best, start)
     try:
         with Display(config.optim.steps, start, progress and main) as display:
             if loaded is not None and resumed is None:
                 display.say(str(loaded))
-            done = Loop(config, stepper, optimizer, log, display, validation, evaluate, extra).run(start)
+            done = Loop(config, stepper, optimizer, log, display, best, validation, evaluate, extra).run(start)
     finally:
         log.close()
     accelerator.wait_for_everyone()
+    best = Best(out, config.run.best, done)
     path = checkpoints.newest(out / CHECKPOINTS)
     assert path is not None
-    result = TrainResult(out, path, done, done == config.optim.steps, log.history, time.monotonic() - started)
+    seconds = time.monotonic() - started
+    result = TrainResult(out, path, done, done == config.optim.steps, log.history, seconds, best.path)
     if not (config.run.report and main and result.finished):
         return result
     with checkpoints.readable_errors(f"report {out / REPORT}"):
-        write_report(out / REPORT, config, log.history, path, accelerator)
+        write_report(out / REPORT, config, log.history, path, best, accelerator)
     return replace(result, report_path=out / REPORT)
 
 
-def _open_folder(config: TrainConfig, out: Path, accelerator: Accelerator) -> checkpoints.Checkpoint | None:
-    """Makes the folder of the run; the checkpoint that it resumes, if any."""
-    folder = out / CHECKPOINTS
+def _resumed(config: TrainConfig, out: Path) -> checkpoints.Checkpoint | None:
+    """The checkpoint that the run goes on from, if any; writes nothing."""
+    if config.run.overwrite:
+        return None
+    last, resume = checkpoints.newest(out / CHECKPOINTS), config.run.resume
+    path = last if resume in ("auto", "no") else Path(resume)
+    if path is None:
+        return None
+    if resume == "no":
+        raise UserError(
+            f"run.out {out} holds a run already ({path.name}): resume it, set run.overwrite, or choose another"
+        )
+    if last is not None and path.resolve().parent == last.parent.resolve() and path.name != last.name:
+        raise UserError(f"run.resume {path}: {last} is newer and in the same folder; choose another run.out")
+    found = checkpoints.load(path)
+    changed = differences(found.config, config)
+    if changed:
+        raise UserError(
+            f"checkpoint {path} belongs to a run with other settings ({'; '.join(changed)}): use the same ones, "
+            "another run.out, or run.overwrite"
+        )
+    return found
+
+
+def _open_folder(config: TrainConfig, out: Path, accelerator: Accelerator) -> None:
+    """Makes the folder of the run, without what an overwritten or killed run left, and writes the configuration."""
+    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         with checkpoints.readable_errors(f"run folder {out}"):
             if config.run.overwrite:
                 _clear(out)
             out.mkdir(parents=True, exist_ok=True)
-            checkpoints.prune(folder, config.run.keep)
-    accelerator.wait_for_everyone()
-    resume = config.run.resume
-    path = checkpoints.newest(folder) if resume in ("auto", "no") else Path(resume)
-    if path is not None and resume == "no":
-        raise UserError(
-            f"run.out {out} holds a run already ({path.name}): resume it, set run.overwrite, or choose another"
-        )
-    last = checkpoints.newest(folder)
-    if path is not None and last is not None and path.resolve().parent == folder.resolve() and path.name != last.name:
-        raise UserError(f"run.resume {path}: {last} is newer and in the same folder; choose another run.out")
-    found = None if path is None else checkpoints.load(path)
-    if found is not None:
-        changed = differences(found.config, config)
-        if changed:
-            raise UserError(
-                f"checkpoint {path} belongs to a run with other settings ({'; '.join(changed)}): use the same ones, "
-                "another run.out, or run.overwrite"
-            )
-    if accelerator.is_main_process:
-        with checkpoints.readable_errors(f"configuration {out / CONFIG}"):
+            checkpoints.prune(out / CHECKPOINTS, config.run.keep)
             (out / CONFIG).write_text(yaml.safe_dump(config.as_dict(), sort_keys=False), encoding="utf-8")
-    return found
+    accelerator.wait_for_everyone()
 
 
 def _clear(out: Path) -> None:

@@ -31,7 +31,7 @@ def validate(stepper: Stepper, source: PairSource, config: TrainConfig) -> dict[
     stepper.model.eval()
     for group, batch in zip(groups, batches, strict=True):
         scores = stepper.score(batch.to(accelerator.device))
-        rank = 1 + (scores[1:] >= scores[0]).sum()
+        rank = 1 + (~(scores[1:] < scores[0])).sum()  # a score that is no number counts against the match
         sums[int(group.half == "image")] += torch.stack([rank == 1, rank, torch.ones_like(rank)])
     if accelerator.num_processes > 1:
         dist.all_reduce(sums)

@@ -126,4 +126,4 @@ def _compare(dataset: str, split: str, images: int, captions: int) -> str:
     published = PUBLISHED_SIZES.get(dataset, {}).get(split)
     if published is None or published == (images, captions):
         return ""
-    return f"published: {published[0]} images and {published[1]} captions"
+    return f"other than the published split, which has {published[0]} images and {published[1]} captions"

@@ -160,9 +160,9 @@ class _Run:
             if name not in self.writer.counts:
                 self._write(name, prepare(item.load(), self.swap, self.findings))
         except (ValueError, KeyError, TypeError) as error:
-            reason = f"{item.where} ({item.image}): {error}"
+            reason = f"{item.where} ({item.image[:60]}): {error}"
             if not self.skip_bad:
-                raise UserError(f"{reason}; mend the source, or leave such images out (skip_bad)") from error
+                raise UserError(f"{reason}; mend the source, or leave such images out (--skip-bad)") from error
             self.skipped.append(reason)
 
     def _write(self, name: str, ready: Prepared) -> None:

@@ -73,6 +73,8 @@ class Lines:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        if path.is_dir():
+            raise UserError(f"features {path}: expected a TSV file, got a folder")
         try:
             self.total = path.stat().st_size
         except OSError as error:

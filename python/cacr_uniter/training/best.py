@@ -1,0 +1,92 @@
+"""The weights that did best in a validation, kept in ``best`` beside the newest checkpoints.
+
+``best/uniter.json`` holds the sizes, ``best/model.safetensors`` the weights and, in its header, step, metric and value;
+the one file is written beside and renamed, so that a kill leaves the old weights or the new ones.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from cacr_uniter.data.lmdb_store import write_json
+from cacr_uniter.model import UniterForRetrieval
+from cacr_uniter.training.checkpoint import MODEL, SIZES, flush, plain_tensors, readable_errors
+
+BEST = "best"
+#: value of a validation record that is to be large
+METRICS: dict[str, Callable[[dict[str, Any]], float]] = {
+    "mean_r1": lambda record: (record["ir_r1"] + record["tr_r1"]) / 2,
+    "ir_r1": lambda record: record["ir_r1"],
+    "tr_r1": lambda record: record["tr_r1"],
+    "mean_rank": lambda record: -(record["ir_rank"] + record["tr_rank"]) / 2,
+}
+
+
+class Best:
+    """The best weights so far of one run; only its main process offers and writes.
+
+    Args:
+        out: folder of the run.
+        metric: one of ``METRICS``, or ``none`` to keep no weights.
+        start: steps already done. Weights of a later step, left by a run that was killed, give way to the next ones.
+    """
+
+    def __init__(self, out: Path, metric: str, start: int = 0) -> None:
+        self.folder, self.metric = out / BEST, metric
+        self.step, self.value = -1, -math.inf
+        found = _header(self.folder / MODEL)
+        if found.get("metric") == metric and int(found["step"]) <= start:
+            self.step, self.value = int(found["step"]), float(found["value"])
+
+    def offer(self, record: dict[str, Any], model: UniterForRetrieval) -> bool:
+        """Keeps the model's weights if its validation is better than all before. Returns whether it did.
+
+        Raises:
+            UserError: the disk is full or refuses; the weights kept before are untouched.
+        """
+        if self.metric == "none":
+            return False
+        value = METRICS[self.metric](record)
+        if not value > self.value:
+            return False
+        part = self.folder / f".part-{MODEL}"
+        header = {"step": str(record["step"]), "metric": self.metric, "value": repr(value)}
+        with readable_errors(f"best weights {self.folder}"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                write_json(self.folder / SIZES, model.config.to_dict())
+                save_file(plain_tensors(model.state_dict()), part, metadata=header)
+                flush(part)
+                os.replace(part, self.folder / MODEL)
+                flush(self.folder)
+            finally:
+                part.unlink(missing_ok=True)
+        self.step, self.value = record["step"], value
+        return True
+
+    @property
+    def path(self) -> Path | None:
+        """The folder, if weights were kept."""
+        return self.folder if self.step >= 0 else None
+
+    def __str__(self) -> str:
+        shown = -self.value if self.metric == "mean_rank" else self.value
+        return f"step {self.step}, {self.metric} {shown:.2f}: {self.folder}"
+
+
+def _header(path: Path) -> dict[str, str]:
+    """Step, metric and value of weights kept before; nothing of a file that is missing, strange or damaged."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            found = dict(file.metadata() or {})
+            int(found["step"]), float(found["value"])
+    except (OSError, SafetensorError, KeyError, ValueError):
+        return {}
+    return found
