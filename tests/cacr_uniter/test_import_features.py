@@ -1,12 +1,9 @@
 """Every region-feature format, written here exactly as its makers write it, into the image database."""
 
-import base64
 import json
 import multiprocessing
 import os
-import pickle
 import signal
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,149 +14,20 @@ import pytest
 from cacr_uniter.data.check import check_database
 from cacr_uniter.data.importers import FORMATS, import_features
 from cacr_uniter.data.importers.names import image_namer
-from cacr_uniter.data.importers.pickled import read_pickled_data
+from cacr_uniter.data.importers.testing import (
+    NAMES,
+    Image,
+    b64,
+    butd_tsv,
+    hdf5,
+    images,
+    lxmert_tsv,
+    milvlg_npz,
+    uniter_npz,
+    vinvl_tsv,
+)
 from cacr_uniter.data.lmdb import BoxRule, ImageDB
 from cacr_uniter.errors import UserError
-
-DIM = 8
-NAMES = ("1000092795", "36979", "65567")
-
-
-class Image:
-    """Twelve regions of a 640 x 480 picture."""
-
-    def __init__(self, seed: int, size: int = 12) -> None:
-        generator = np.random.default_rng(seed)
-        self.width, self.height, self.size = 640, 480, size
-        low = generator.random((size, 2)) * 0.5
-        high = low + 0.1 + generator.random((size, 2)) * 0.4
-        high[0] = 1.0
-        self.boxes = (np.concatenate([low, high], axis=1) * [640, 480, 640, 480]).astype(np.float32)
-        self.features = generator.normal(size=(size, DIM)).astype(np.float32)
-        self.conf = generator.permutation(np.linspace(0.1, 0.95, size)).astype(np.float32)
-
-    @property
-    def norm_bb(self) -> np.ndarray:
-        corners = self.boxes / np.array([640, 480, 640, 480], dtype=np.float32)
-        return np.concatenate([corners, corners[:, 2:] - corners[:, :2]], axis=1)
-
-
-def images() -> dict[str, Image]:
-    return {name: Image(index) for index, name in enumerate(NAMES)}
-
-
-def b64(array: np.ndarray, compress: bool = False) -> str:
-    data = np.ascontiguousarray(array).tobytes()
-    return base64.b64encode(zlib.compress(data) if compress else data).decode()
-
-
-def butd_tsv(folder: Path, compress: bool = False) -> Path:
-    lines = []
-    for name, image in images().items():
-        fields = [
-            name,
-            image.width,
-            image.height,
-            image.size,
-            b64(image.boxes, compress),
-            b64(image.features, compress),
-        ]
-        lines.append("\t".join(map(str, fields)))
-    path = folder / "butd.tsv"
-    path.write_text("\n".join(lines) + "\n")
-    return path
-
-
-def lxmert_tsv(folder: Path, volta: bool = False, exchanged: bool = False) -> Path:
-    lines = []
-    for name, image in images().items():
-        sides = (image.width, image.height) if exchanged else (image.height, image.width)
-        classes, attributes = np.zeros(image.size, np.int64), np.zeros(image.size, np.float32)
-        fields = [name, *sides, b64(classes), b64(image.conf), b64(classes), b64(attributes), image.size]
-        fields += [b64(image.boxes), b64(image.features)]
-        if volta:
-            fields.append(b64(np.repeat(image.conf[:, None], 5, axis=1)))
-        lines.append("\t".join(map(str, fields)))
-    path = folder / "lxmert.tsv"
-    path.write_text("\n".join(lines))
-    return path
-
-
-def vinvl_tsv(folder: Path, as_json: bool = False) -> Path:
-    lines, labels = [], []
-    for name, image in images().items():
-        rows = b64(np.concatenate([image.features, image.norm_bb], axis=1).astype(np.float32))
-        if as_json:
-            lines.append(f"{name}\t" + json.dumps({"num_boxes": image.size, "features": rows}))
-        else:
-            lines.append(f"{name}\t{image.size}\t{rows}")
-        objects = [
-            {"class": "dog", "rect": box.tolist(), "conf": float(conf)}
-            for box, conf in zip(image.boxes, image.conf, strict=True)
-        ]
-        labels.append(f"{name}\t" + json.dumps({"objects": objects} if as_json else objects))
-    path = folder / "feature.tsv"
-    path.write_text("\n".join(lines) + "\n")
-    (folder / "predictions.tsv").write_text("\n".join(reversed(labels)) + "\n")
-    return path
-
-
-def milvlg_npz(folder: Path, transposed: bool = False) -> Path:
-    target = folder / "milvlg"
-    target.mkdir()
-    for name, image in images().items():
-        info = {
-            "image_id": name,
-            "image_h": np.int64(image.height),
-            "image_w": image.width,
-            "num_boxes": image.size,
-            "objects_id": np.arange(image.size),
-            "objects_conf": image.conf,
-        }
-        np.savez_compressed(
-            target / f"{name}.jpg.npz",
-            x=image.features.T if transposed else image.features,
-            bbox=image.boxes,
-            num_bbox=image.size,
-            image_h=image.height,
-            image_w=image.width,
-            info=info,  # type: ignore[arg-type]
-        )
-    return target
-
-
-def uniter_npz(folder: Path, exchanged: bool = False) -> Path:
-    target = folder / "uniter"
-    target.mkdir()
-    for name, image in images().items():
-        order = np.argsort(-image.conf)
-        boxes = image.norm_bb[order][:, [0, 1, 2, 3, 5, 4] if exchanged else slice(None)]
-        np.savez_compressed(
-            target / f"flickr30k_{int(name):012d}.npz",
-            norm_bb=boxes.astype(np.float16),
-            features=image.features[order].astype(np.float16),
-            conf=image.conf[order].astype(np.float16),
-            soft_labels=np.ones((image.size, 3), np.float16),
-        )
-    return target
-
-
-def hdf5(folder: Path, adaptive: bool, protocol: int = 2) -> Path:
-    h5py = pytest.importorskip("h5py", reason="HDF5 features need h5py")
-    path = folder / "train36.hdf5"
-    table = {int(name): row for row, name in enumerate(NAMES)}
-    (folder / "train36_imgid2idx.pkl").write_bytes(pickle.dumps(table, protocol))
-    every = list(images().values())
-    join: Callable[[list[np.ndarray]], np.ndarray] = np.concatenate if adaptive else np.stack
-    with h5py.File(path, "w") as stream:
-        stream["image_features"] = join([image.features for image in every])
-        stream["image_bb"] = join([image.boxes for image in every])
-        stream["spatial_features"] = join([image.norm_bb for image in every])
-        if adaptive:
-            ends = np.cumsum([image.size for image in every])
-            stream["pos_boxes"] = np.stack([ends - [image.size for image in every], ends], axis=1)
-    return path
-
 
 Maker = Callable[[Path], Path]
 CASES: dict[str, tuple[str, Maker, bool]] = {
@@ -396,62 +264,6 @@ def test_damaged_hdf5(tmp_path: Path) -> None:
         import_features("hdf5-adaptive", path, tmp_path / "b")
     (tmp_path / "rows.json").write_text(json.dumps({name: row for row, name in enumerate(NAMES)}))
     assert import_features("hdf5-adaptive", path, tmp_path / "b", ids=tmp_path / "rows.json").images == 3
-
-
-class Payload:
-    """Runs code when unpickled."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
-        return Path.touch, (self.target,)
-
-
-@pytest.mark.parametrize("protocol", range(6))
-def test_pickled_code_is_not_run(protocol: int, tmp_path: Path) -> None:
-    proof = tmp_path / "proof"
-    for value in (
-        Payload(proof),
-        {"rows": [Payload(proof)]},
-        np.array([Payload(proof)], dtype=object),
-        {1: Path.touch},
-    ):
-        with pytest.raises(ValueError, match="refused"):
-            read_pickled_data(pickle.dumps(value, protocol))
-    path = hdf5(tmp_path, adaptive=False)
-    (tmp_path / "train36_imgid2idx.pkl").write_bytes(pickle.dumps({1: Payload(proof)}, protocol))
-    with pytest.raises(UserError, match="refused"):
-        import_features("hdf5-fixed", path, tmp_path / "img")
-    folder = milvlg_npz(tmp_path)
-    for file in folder.iterdir():
-        arrays = dict(np.load(file, allow_pickle=True))
-        np.savez(file, **{**arrays, "info": np.array({"objects_conf": Payload(proof)}, dtype=object)})
-    with pytest.raises(UserError, match="refused"):
-        import_features("milvlg-npz", folder, tmp_path / "img")
-    assert not proof.exists()
-
-
-@pytest.mark.parametrize("protocol", range(5))
-def test_pickled_data_is_read(protocol: int) -> None:
-    array = np.arange(6, dtype=">i4").reshape(2, 3)
-    value = {
-        "int": [1, -300, 2**40, 2**70],
-        "float": (1.5, (), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4)),
-        "text": ["caf\u00e9", b"\x00\xff", "", True, False, None],
-        "array": [array, np.asfortranarray(np.arange(6.0).reshape(2, 3)), array],
-        "scalar": [np.float32(2.5), np.int64(-1)],
-        "empty": [{}, [], np.zeros((0, 4))],
-    }
-    data = read_pickled_data(pickle.dumps(value, protocol))
-    for key, expected in value.items():
-        for got, wanted in zip(data[key], expected, strict=True):
-            assert type(got) is type(wanted)
-            np.testing.assert_array_equal(got, wanted)
-    whole = pickle.dumps(value, protocol)
-    for cut in range(0, len(whole) - 1, 7):
-        with pytest.raises(ValueError, match=r"."):
-            read_pickled_data(whole[:cut])
 
 
 @pytest.mark.parametrize(

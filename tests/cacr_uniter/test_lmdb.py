@@ -1,6 +1,5 @@
-"""The LMDB formats: published layout, safe decoding, box counts, processes, damage."""
+"""The LMDB formats: published layout, safe decoding, box counts, processes."""
 
-import io
 import json
 import multiprocessing
 import os
@@ -8,7 +7,6 @@ import pickle
 from collections.abc import Callable
 from multiprocessing.context import ForkContext, SpawnContext
 from pathlib import Path
-from typing import Any
 
 import lmdb
 import lz4.frame
@@ -19,72 +17,21 @@ import pytest
 from cacr_uniter.data import codec
 from cacr_uniter.data.lmdb import BoxRule, ImageDB, ImageDBWriter, TextDB, TextDBWriter
 from cacr_uniter.data.lmdb_store import COMMIT_EVERY, Writer
+from cacr_uniter.data.testing import (
+    RULE_FOLDER,
+    SPECIAL_IDS,
+    compressed,
+    packed,
+    published_folder,
+    published_texts,
+    random_image,
+)
 from cacr_uniter.errors import UserError
-
-SPECIAL_IDS = {"UNK": 100, "CLS": 101, "SEP": 102, "MASK": 103}
-RULE_FOLDER = "feat_th0.2_max100_min10"
-
-
-class Payload:
-    """Runs code when unpickled."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
-        return Path.touch, (self.target,)
-
-
-def published_array(array: np.ndarray) -> dict[bytes, Any]:
-    """An array as the published writer stores it inside msgpack."""
-    return {b"nd": True, b"type": array.dtype.str, b"kind": b"", b"shape": array.shape, b"data": array.tobytes()}
-
-
-def image(seed: int, size: int = 12, dim: int = 8) -> dict[str, np.ndarray]:
-    generator = np.random.default_rng(seed)
-    low, high = generator.random((size, 2)) / 2, 0.5 + generator.random((size, 2)) / 2
-    boxes = np.concatenate([low, high, high - low], axis=1).astype(np.float16)
-    conf = np.sort(generator.random((size, 1)), axis=0)[::-1].astype(np.float16)
-    return {"norm_bb": boxes, "features": generator.normal(size=(size, dim)).astype(np.float16), "conf": conf}
-
-
-def published_folder(folder: Path, records: dict[str, bytes]) -> Path:
-    folder.mkdir(parents=True)
-    with lmdb.open(str(folder), map_size=1 << 24) as environment, environment.begin(write=True) as transaction:
-        for key, value in records.items():
-            transaction.put(key.encode(), value)
-    return folder
-
-
-def packed(record: dict[str, np.ndarray]) -> bytes:
-    data = msgpack.packb({key: published_array(value) for key, value in record.items()}, use_bin_type=True)
-    assert isinstance(data, bytes)
-    return data
-
-
-def compressed(record: dict[str, np.ndarray]) -> bytes:
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **record)  # type: ignore[arg-type]
-    return buffer.getvalue()
 
 
 @pytest.fixture
 def text_folder(tmp_path: Path) -> Path:
-    """A text database written field by field in the published layout."""
-    folder = tmp_path / "itm_flickr30k_val.db"
-    records, lengths, txt2img, img2txts = {}, {}, {}, dict[str, list[str]]()
-    for index, ids in enumerate(([1138, 4842], [1130, 1103, 1299], [])):
-        key, name = str(40 + index), f"flickr30k_{index // 2:012d}.npz"
-        record = {"tokens": ["a"], "raw": "A.", "imgid": 1, "sentid": 40 + index, "image_id": 7, "input_ids": ids}
-        record |= {"toked_caption": ["A"], "img_fname": name}
-        records[key] = lz4.frame.compress(msgpack.dumps(record, use_bin_type=True))
-        lengths[key], txt2img[key] = len(ids), name
-        img2txts.setdefault(name, []).append(key)
-    published_folder(folder, records)
-    meta = {**SPECIAL_IDS, "v_range": [106, 28996], "bert": "bert-base-cased"}
-    for name, value in (("meta", meta), ("id2len", lengths), ("txt2img", txt2img), ("img2txts", img2txts)):
-        (folder / f"{name}.json").write_text(json.dumps(value))
-    return folder
+    return published_texts(tmp_path / "itm_flickr30k_val.db")
 
 
 def test_published_text_database(text_folder: Path) -> None:
@@ -126,7 +73,7 @@ def test_text_writer_makes_the_published_layout(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("pack", [packed, compressed])
 def test_published_image_database(pack: Callable[[dict[str, np.ndarray]], bytes], tmp_path: Path) -> None:
-    records = {f"im_{index}.npz": image(index) for index in range(3)}
+    records = {f"im_{index}.npz": random_image(index) for index in range(3)}
     stored = {name: pack(record) for name, record in records.items()}
     suffix = "_compressed" if pack is compressed else ""
     published_folder(tmp_path / (RULE_FOLDER + suffix), stored | {"__keys__": json.dumps(list(records)).encode()})
@@ -145,7 +92,7 @@ def test_published_image_database(pack: Callable[[dict[str, np.ndarray]], bytes]
 
 def test_old_msgpack_keys_are_read(tmp_path: Path) -> None:
     """Some writers stored the map keys of an array as text."""
-    record = image(0)
+    record = random_image(0)
     data = msgpack.packb(
         {
             key: {"nd": True, "type": value.dtype.str, "kind": "", "shape": value.shape, "data": value.tobytes()}
@@ -158,7 +105,7 @@ def test_old_msgpack_keys_are_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("counts", [True, False], ids=["nbb.json", "no nbb.json"])
 def test_all_folder_is_cut_by_the_rule(counts: bool, tmp_path: Path) -> None:
-    record = image(0, size=50)
+    record = random_image(0, size=50)
     record["conf"] = np.linspace(0.9, 0.0, 50, dtype=np.float16)[:, None]
     published_folder(tmp_path / "all", {"a.npz": packed(record)})
     if counts:
@@ -187,7 +134,7 @@ def test_box_rule() -> None:
 @pytest.mark.parametrize("store_compressed", [False, True])
 @pytest.mark.parametrize("rule", [BoxRule(), BoxRule(fixed=5)])
 def test_image_writer_round_trip(rule: BoxRule, store_compressed: bool, tmp_path: Path) -> None:
-    records = {f"im_{index}.npz": image(index) for index in range(3)}
+    records = {f"im_{index}.npz": random_image(index) for index in range(3)}
     with ImageDBWriter(tmp_path, rule, store_compressed) as writer:
         for name, record in records.items():
             writer.write(name, record["features"], record["norm_bb"], record["conf"])
@@ -203,7 +150,7 @@ def test_image_writer_round_trip(rule: BoxRule, store_compressed: bool, tmp_path
 
 
 def test_image_writer_refuses_bad_records(tmp_path: Path) -> None:
-    good = image(0)
+    good = random_image(0)
     writer = ImageDBWriter(tmp_path)
     writer.write("a.npz", good["features"], good["norm_bb"], good["conf"])
     cases: list[tuple[dict[str, np.ndarray], str]] = [
@@ -228,7 +175,7 @@ def test_interrupted_writers_leave_no_database_and_resume(tmp_path: Path) -> Non
         with ImageDBWriter(tmp_path, resume=resume) as writer:
             for index in range(COMMIT_EVERY + 5):
                 if f"{index}.npz" not in writer.counts:
-                    record = image(index, size=2, dim=1)
+                    record = random_image(index, size=2, dim=1)
                     writer.write(f"{index}.npz", record["features"], record["norm_bb"])
             raise KeyboardInterrupt
 
@@ -239,7 +186,7 @@ def test_interrupted_writers_leave_no_database_and_resume(tmp_path: Path) -> Non
         ImageDB(tmp_path)
     with ImageDBWriter(tmp_path, resume=True) as writer:
         assert len(writer.counts) == COMMIT_EVERY
-        record = image(1, size=3, dim=1)
+        record = random_image(1, size=3, dim=1)
         writer.write("last.npz", record["features"], record["norm_bb"])
     database = ImageDB(tmp_path)
     assert len(database.names()) == COMMIT_EVERY + 1
@@ -260,163 +207,13 @@ def test_the_map_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (tmp_path / "db" / "data.mdb").stat().st_size > 1 << 20
 
 
-def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    writer = Writer(tmp_path / "db")
-    writer.put("a", b"1")
-
-    class Full:
-        def begin(self, write: bool) -> None:
-            raise lmdb.DiskError("No space left on device")
-
-    monkeypatch.setattr(writer, "_environment", Full())
-    with pytest.raises(UserError, match="is the disk full"):
-        writer.commit()
-
-
-def hostile_array(proof: Path, kind: bytes) -> dict[bytes, Any]:
-    return {b"nd": True, b"type": "|O", b"kind": kind, b"shape": (1,), b"data": pickle.dumps([Payload(proof)])}
-
-
-@pytest.mark.parametrize("kind", [b"O", b"", b"V"])
-def test_object_arrays_in_msgpack_are_refused_and_not_run(kind: bytes, tmp_path: Path) -> None:
-    proof = tmp_path / "proof"
-    data = msgpack.packb({"features": hostile_array(proof, kind)}, use_bin_type=True)
-    assert isinstance(data, bytes)
-    published_folder(tmp_path / RULE_FOLDER, {"a.npz": data})
-    with pytest.raises(UserError, match=r"record 'a.npz' is damaged \(array .* refused"):
-        ImageDB(tmp_path).read("a.npz")
-    with pytest.raises(ValueError, match="refused"):
-        codec.unpack_text(lz4.frame.compress(data))
-    assert not proof.exists()
-
-
-def test_object_arrays_in_npz_are_refused_and_not_run(tmp_path: Path) -> None:
-    proof = tmp_path / "proof"
-    good, hostile = image(0), np.array([Payload(proof)], dtype=object)
-    data = compressed(good | {"info": hostile})
-    published_folder(tmp_path / RULE_FOLDER, {"a.npz": data})
-    with pytest.raises(UserError, match="Python objects: refused"):
-        ImageDB(tmp_path).read("a.npz")
-    assert set(codec.unpack_npz(data, skip_objects=True)) == set(good)
-    assert not proof.exists()
-
-
-def damaged_image(data: bytes) -> list[bytes]:
-    shifted = {**published_array(np.zeros((3, 6))), b"shape": (4, 6)}
-    return [
-        data[: len(data) // 2],
-        b"",
-        b"\xff" * 40,
-        msgpack.packb([1, 2]),
-        msgpack.packb({"norm_bb": 3, "features": 4}),
-        msgpack.packb({"norm_bb": shifted, "features": published_array(np.zeros((3, 4)))}, use_bin_type=True),
-        packed({"norm_bb": np.zeros((3, 6)), "features": np.zeros((4, 4))}),
-        packed({"norm_bb": np.zeros((3, 4)), "features": np.zeros((3, 4))}),
-        packed({"features": np.zeros((3, 4))}),
-        compressed({"norm_bb": np.zeros((3, 6))})[:-30],
-    ]
-
-
-def mutated(data: bytes, generator: np.random.Generator) -> bytes:
-    """The bytes with a few of them changed, lost or added."""
-    damaged = bytearray(data)
-    for _ in range(generator.integers(1, 4)):
-        at = int(generator.integers(len(damaged)))
-        change = generator.integers(3)
-        if change == 0:
-            damaged[at] ^= 1 << int(generator.integers(8))
-        elif change == 1:
-            del damaged[at : at + int(generator.integers(1, 6))]
-        else:
-            damaged[at:at] = generator.bytes(3)
-    return bytes(damaged)
-
-
-def test_any_damage_is_a_value_error() -> None:
-    generator = np.random.default_rng(0)
-    text = lz4.frame.compress(msgpack.dumps({"input_ids": [1, 2], "img_fname": "a", "raw": "hello hello"}))
-    readers: list[tuple[Callable[[bytes], object], bytes]] = [
-        (codec.unpack_arrays, packed(image(0, size=2, dim=2))),
-        (codec.unpack_npz, compressed(image(0, size=2, dim=2))),
-        (codec.unpack_text, text),
-    ]
-    refused = 0
-    for read, data in readers:
-        read(data)
-        for _ in range(300):
-            try:
-                read(mutated(data, generator))
-            except ValueError:
-                refused += 1
-    assert refused > 300
-
-
-def test_a_compressed_bomb_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(codec, "TEXT_LIMIT", 1 << 16)
-    with pytest.raises(ValueError, match="does not end"):
-        codec.unpack_text(lz4.frame.compress(b"\x00" * (1 << 20)))
-
-
-def test_damaged_records_are_one_sentence(text_folder: Path, tmp_path: Path) -> None:
-    bad = {f"{index}.npz": data for index, data in enumerate(damaged_image(packed(image(0))))}
-    published_folder(tmp_path / RULE_FOLDER, bad)
-    database = ImageDB(tmp_path)
-    for name in bad:
-        with pytest.raises(UserError, match=f"record '{name}' is damaged"):
-            database.read(name)
-    with pytest.raises(UserError, match=r"no record 'absent.npz'"):
-        database.read("absent.npz")
-
-    whole = lz4.frame.compress(msgpack.dumps({"input_ids": [1], "img_fname": "a"}))
-    texts = [
-        whole[:-5],
-        b"",
-        b"junk",
-        lz4.frame.compress(b"\xc1"),
-        lz4.frame.compress(msgpack.dumps({"input_ids": [1]})),
-    ]
-    texts.append(lz4.frame.compress(msgpack.dumps({"input_ids": ["a"], "img_fname": "a"})))
-    TextDB(text_folder).close()
-    with lmdb.open(str(text_folder), map_size=1 << 24) as environment, environment.begin(write=True) as transaction:
-        for index, value in enumerate(texts):
-            transaction.put(f"bad{index}".encode(), value)
-    captions = TextDB(text_folder)
-    for index in range(len(texts)):
-        with pytest.raises(UserError, match=f"record 'bad{index}' is damaged"):
-            captions.caption(f"bad{index}")
-
-
-def test_damaged_files_are_one_sentence(text_folder: Path, tmp_path: Path) -> None:
-    records = {f"{index}.npz": packed(image(index, size=40)) for index in range(40)}
-    folder = published_folder(tmp_path / RULE_FOLDER, records)
-    data = (folder / "data.mdb").read_bytes()
-    (folder / "data.mdb").write_bytes(data[: len(data) // 2])
-    with pytest.raises(UserError, match=r"data.mdb is truncated"):
-        ImageDB(tmp_path).read("0.npz")
-    (folder / "data.mdb").write_bytes(b"x" * len(data))
-    with pytest.raises(UserError, match="not a readable LMDB file"):
-        ImageDB(tmp_path).read("0.npz")
-    with pytest.raises(UserError, match=r"no data.mdb"):
-        TextDB(tmp_path / "nowhere")
-    (text_folder / "id2len.json").write_text('{"40": 2')
-    with pytest.raises(UserError, match=r"id2len.json is not valid JSON"):
-        TextDB(text_folder)
-    (text_folder / "id2len.json").unlink()
-    with pytest.raises(UserError, match=r"id2len.json is missing"):
-        TextDB(text_folder)
-    (text_folder / "id2len.json").write_text("{}")
-    (text_folder / "meta.json").write_text('{"UNK": 100}')
-    with pytest.raises(UserError, match="lacks the ids of CLS, SEP"):
-        TextDB(text_folder)
-
-
 def read_in_child(database: ImageDB, queue: "multiprocessing.Queue[float]") -> None:
     queue.put(float(database.read("im_1.npz").features.sum()))
 
 
 @pytest.mark.parametrize("start", [multiprocessing.get_context("fork"), multiprocessing.get_context("spawn")])
 def test_readers_open_anew_in_every_process(start: ForkContext | SpawnContext, tmp_path: Path) -> None:
-    published_folder(tmp_path / RULE_FOLDER, {f"im_{index}.npz": packed(image(index)) for index in range(2)})
+    published_folder(tmp_path / RULE_FOLDER, {f"im_{index}.npz": packed(random_image(index)) for index in range(2)})
     database = ImageDB(tmp_path)
     expected = float(database.read("im_1.npz").features.sum())
     assert b"lmdb.Environment" not in pickle.dumps(database)
@@ -429,7 +226,7 @@ def test_readers_open_anew_in_every_process(start: ForkContext | SpawnContext, t
 
 
 def test_the_cache_keeps_to_its_budget(tmp_path: Path) -> None:
-    published_folder(tmp_path / RULE_FOLDER, {f"{index}.npz": packed(image(index)) for index in range(5)})
+    published_folder(tmp_path / RULE_FOLDER, {f"{index}.npz": packed(random_image(index)) for index in range(5)})
     one = 10 * (8 + 7) * 4
     database = ImageDB(tmp_path, cache_bytes=2 * one + 1)
     first = [database.read(f"{index}.npz").features for index in range(5)]
@@ -440,7 +237,7 @@ def test_the_cache_keeps_to_its_budget(tmp_path: Path) -> None:
 
 
 def test_two_readers_of_one_folder(tmp_path: Path) -> None:
-    published_folder(tmp_path / RULE_FOLDER, {"a.npz": packed(image(0))})
+    published_folder(tmp_path / RULE_FOLDER, {"a.npz": packed(random_image(0))})
     first, second = ImageDB(tmp_path), ImageDB(tmp_path)
     assert first.read("a.npz").boxes.equal(second.read("a.npz").boxes)
     first.close()

@@ -99,8 +99,8 @@ class Stepper:
         images = np.concatenate([group.images for group in groups])
         rows = np.arange(len(captions))
         if self.config.batch.mining == "shared":
-            pairs, rows = np.unique(np.stack([captions, images]), axis=1, return_inverse=True)
-            captions, images = pairs
+            pairs, rows = np.unique(captions * self.source.n_images + images, return_inverse=True)
+            captions, images = np.divmod(pairs, self.source.n_images)
         return Portion(step, last, groups, self.source.batch(captions, images), torch.from_numpy(rows))
 
     def begin(self, step: int) -> None:
@@ -110,7 +110,8 @@ class Stepper:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step + 1, optim.lr, optim.steps, optim.warmup, optim.decay)
         self.gradients.clear()
-        self.model.train()
+        if not self.model.training:
+            self.model.train()
 
     def backward(self, portion: Portion) -> Tensor:
         """Adds a portion's gradients. Returns the sums (matching, auxiliary, matched pairs ranked first, groups)."""
