@@ -231,6 +231,8 @@ def test_readers_tell_the_vocabulary_and_the_counts(copy: Path) -> None:
     assert ImageDB(copy / "img").has_counts
     (copy / "img" / "nbb_th0.2_max100_min10.json").unlink()
     assert not ImageDB(copy / "img").has_counts
+    sizes = synthetic_source().n_regions
+    assert [ImageDB(copy / "img").count(f"{image}.npz") for image in range(len(sizes))] == sizes.tolist()
 
 
 def test_an_import_that_wrote_nothing_leaves_nothing_in_the_way(
