@@ -61,7 +61,7 @@ def forward_kernel(
         scale, weight, active = side_scale(scaling, side)
         i = tl.where(is_text, i_tile, i_tile - n_text_tiles) * BLOCK_I
         o_i = i + tl.arange(0, BLOCK_I)
-        m_x, l_x, s_x, r_x, m_y, l_y, s_y, r_y = rows_start(BLOCK_I)
+        m_x, l_x, s_x, m_y, l_y, s_y, c = rows_start(BLOCK_I)
         if (i < side.n_a) & active:
             m_u = open_u(work, side, i_problem)
             if FUSED:
@@ -70,10 +70,10 @@ def forward_kernel(
                 o_j = j + tl.arange(0, BLOCK_J)
                 b_x = projected_tile(side, m_u, i, j, KIND, DOT, UNIT, BLOCK_I, BLOCK_J, BLOCK_K) * scale
                 b_y = target_logits(load_tile(side.own, i, j, BLOCK_I, BLOCK_J, UNIT, DOT), KIND)
-                m_x, l_x, s_x, r_x, m_y, l_y, s_y, r_y = rows_update(
-                    m_x, l_x, s_x, r_x, m_y, l_y, s_y, r_y, b_x, b_y, (o_j < side.n_a)[None, :], j == 0
+                m_x, l_x, s_x, m_y, l_y, s_y, c = rows_update(
+                    m_x, l_x, s_x, m_y, l_y, s_y, c, b_x, b_y, (o_j < side.n_a)[None, :], False
                 )
-            b_loss, e_p, e_q = rows_finish(m_x, l_x, s_x, r_x, m_y, l_y, s_y, r_y)
+            b_loss, e_p, e_q = rows_finish(l_x, s_x, l_y, s_y, c)
             total += tl.sum(tl.where(o_i < side.n_a, b_loss, 0.0)) * weight
         else:
             e_p = tl.zeros([BLOCK_I], tl.float32)

@@ -1,4 +1,4 @@
-"""The tiles of the two products that every scores kernel shares: U = F S_bb and U F^T, and softmax row numbers.
+"""The tiles of the two products that every scores kernel shares: U = F S_bb and X, and softmax row numbers.
 
 Every dot takes both factors from memory in chunks of BLOCK_K: whole rows of a factor do not fit in registers.
 """
@@ -44,11 +44,18 @@ def projected_tile(
     side, m_u, i, j, KIND: tl.constexpr, DOT: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """U F^T, that is X before its scale: [I, J] = sum of [I, K] [K, J] over n_b."""
+    """X before its scale, up to a constant a row: U (F - 1 f)^T, [I, J] = sum of [I, K] [K, J] over n_b.
+
+    A constant added to a row of X changes nothing. f, the first row of F, takes an offset that scores share out of X,
+    whose rounding would grow with it. f = 0 for 16-bit factors, which go into their dots as they are ("split"), and for
+    kind "softmax", whose X is at most 1.
+    """
     b_x = tl.zeros([BLOCK_I, BLOCK_J], tl.float32)
     for k in range(0, side.n_b, BLOCK_K):
         b_u = load_tile(m_u, i, k, BLOCK_I, BLOCK_K, True, DOT)
         b_f = load_factor(side.cross, j, k, BLOCK_J, BLOCK_K, KIND, UNIT, DOT)
+        if KIND != "softmax" and DOT != "split":
+            b_f -= load_tile(side.cross, 0, k, 1, BLOCK_K, UNIT, DOT)
         b_x = dot(b_u, tl.trans(b_f), b_x, DOT)
     return b_x
 

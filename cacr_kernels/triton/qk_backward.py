@@ -1,7 +1,8 @@
 """Backward kernels of the query/key variant: tiles of X and Y are recomputed along rows, then along columns.
 
 With d = x - y: dX = p (d - E_p[d]) + p - q, dY = -q (d - E_q[d]) - p + q. Rows give dU = dX Q_a and dQ_a += c dY K_a,
-columns give dQ_a += dX^T U and dK_a += c dY^T Q_a. One program writes an output element, in a fixed order of additions.
+columns give dQ_a += dX^T U and dK_a += c dY^T Q_a. X is that of qk_forward.py, so float32 queries are centred. One
+program writes an output element, in a fixed order of additions.
 """
 
 # mypy: allow-untyped-defs
@@ -11,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .qk_tiles import narrow, open_head, open_rows, operand
+from .qk_tiles import first_row, narrow, open_head, open_rows, operand
 
 
 @triton.jit
@@ -21,9 +22,9 @@ def load_rows(stats, rows, mask):
     r_x = 1.0 / tl.load(stats + rows, mask=mask, other=1.0)
     m_y = tl.load(stats + 2 * rows, mask=mask, other=0.0)
     r_y = 1.0 / tl.load(stats + 3 * rows, mask=mask, other=1.0)
-    c_x = 1.0 - tl.load(stats + 4 * rows, mask=mask, other=0.0)
-    c_y = 1.0 + tl.load(stats + 5 * rows, mask=mask, other=0.0)
-    return m_x, r_x, c_x, m_y, r_y, c_y
+    e_p = tl.load(stats + 4 * rows, mask=mask, other=0.0)
+    e_q = e_p - tl.load(stats + 5 * rows, mask=mask, other=0.0)
+    return m_x, r_x, 1.0 - e_p, m_y, r_y, 1.0 + e_q
 
 
 @triton.jit
@@ -101,6 +102,8 @@ def qk_columns_kernel(
     o_n64 = o_n.to(tl.int64)
     b_q_cols = operand(tl.load(p_q + o_n64[:, None] * q.s_r + o_d[None, :] * q.s_c, mask=mask_nd, other=0.0), UPCAST)
     b_k_cols = operand(tl.load(p_k + o_n64[:, None] * k.s_r + o_d[None, :] * k.s_c, mask=mask_nd, other=0.0), UPCAST)
+    if not PAIR:
+        b_q_cols -= first_row(p_q, q.s_c, n, D, BLOCK_D)[None, :]
     row_u = i_bh * n_tokens + start
     stats += i_bh * 8 * rows + tl.where(is_text, 0, spans.n_text)
     y_scale = scale * 1.4426950408889634
@@ -219,6 +222,8 @@ def qk_rows_kernel(
     m_x, r_x, c_x, m_y, r_y, c_y = load_rows(stats, rows, mask_m)
     y_scale = scale * 1.4426950408889634
 
+    if not PAIR:
+        b_first = first_row(p_q, q.s_c, n, D, BLOCK_D)
     acc_u = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     acc_q = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for i_n in range(0, n, BLOCK_N):
@@ -228,6 +233,8 @@ def qk_rows_kernel(
         o_n = o_n.to(tl.int64)
         b_q = operand(tl.load(p_q + o_n[:, None] * q.s_r + o_d[None, :] * q.s_c, mask=mask_nd, other=0.0), UPCAST)
         b_k = operand(tl.load(p_k + o_n[:, None] * k.s_r + o_d[None, :] * k.s_c, mask=mask_nd, other=0.0), UPCAST)
+        if not PAIR:
+            b_q -= b_first[None, :]  # in dX Q too: the rows of dX sum to 0
         b_x = tl.dot(b_u, tl.trans(b_q), input_precision=PRECISION)
         if PAIR:
             b_x = tl.dot(b_u_lo, tl.trans(b_q), b_x, input_precision=PRECISION)

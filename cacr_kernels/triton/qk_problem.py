@@ -143,7 +143,7 @@ def wide_gradient(
 
 
 def reduce_rows(problem: QKProblem, stats: Tensor, loss: Tensor) -> None:
-    """loss [B, H] = sum over rows of E_p[d] - E_q[d]."""
+    """loss [B, H] = sum over rows of KL(p||q) + KL(q||p)."""
     p = problem
     qk_loss_kernel[(p.batch * p.heads,)](
         stats,

@@ -28,6 +28,13 @@ def open_head(block, i_b, i_h, position):
 
 
 @triton.jit
+def first_row(p, s_c, n, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Row 0 of a matrix [n, D] at p, as [BLOCK_D] with zeros beyond D; zeros if n is 0."""
+    o_d = tl.arange(0, BLOCK_D)
+    return tl.load(p + o_d * s_c, mask=(o_d < D) & (n > 0), other=0.0)
+
+
+@triton.jit
 def operand(x, UPCAST: tl.constexpr):
     """A dot operand as loaded, or widened: the interpreter's arithmetic on bfloat16 is wrong."""
     if UPCAST:
@@ -53,6 +60,8 @@ def chunked_product(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
+    CENTRE_L: tl.constexpr = False,  # row 0 of L is taken off its rows
+    CENTRE_R: tl.constexpr = False,
 ):
     """L R^T [BLOCK_L, BLOCK_R] in chunks of BLOCK_K columns."""
     acc = tl.zeros([BLOCK_L, BLOCK_R], tl.float32)
@@ -65,6 +74,10 @@ def chunked_product(
         b_r = tl.load(
             right + o_f[:, None] * s_rd + o_r[None, :] * s_rn, mask=mask_f[:, None] & mask_r[None, :], other=0.0
         )
+        if CENTRE_L:
+            b_l -= tl.load(left + o_f * s_ld, mask=mask_f, other=0.0)[None, :]
+        if CENTRE_R:
+            b_r -= tl.load(right + o_f * s_rd, mask=mask_f, other=0.0)[:, None]
         acc = tl.dot(operand(b_l, UPCAST), operand(b_r, UPCAST), acc, input_precision=PRECISION)
     return acc
 

@@ -1,7 +1,7 @@
 """Tiles of X = U F^T whose contraction is too long to keep on chip: chunked factors, a launch axis over output columns.
 
 Serves kind "softmax", where U = s P_ab P_bb and F = P_ab are float32 [n_a, n_b], and kind "scores" with wide float32
-heads, where U = Q_a M and F = Q_a. The mathematics are those of qk_forward.py and qk_backward.py.
+heads, where U = Q_a M and F = Q_a, centred. The mathematics are those of qk_forward.py and qk_backward.py.
 """
 
 # mypy: allow-untyped-defs
@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 
 from .qk_backward import load_rows, row_weight, tile_gradients
-from .qk_forward import online_update, store_rows
+from .qk_forward import store_rows
 from .qk_tiles import chunked_product, open_head, open_rows
+from .rows import rows_start, rows_update
 
 
 class Factors(NamedTuple):
@@ -89,28 +90,22 @@ def qk_wide_forward_kernel(
     p_k = open_head(k, i_b, i_h // group, start)
     p_u, s_ur = open_factor(factors.u, spans, i_bh, start, is_text, n_tokens, D, COMPACT)
     p_f, s_fr, s_fc, width = open_outer(factors.f, q, p_q, spans, i_bh, is_text, n_b, D, COMPACT)
-    m_x = tl.full([BLOCK_M], -1e30, tl.float32)
-    m_y = tl.full([BLOCK_M], -1e30, tl.float32)
-    l_x = tl.zeros([BLOCK_M], tl.float32)
-    l_y = tl.zeros([BLOCK_M], tl.float32)
-    a_x = tl.zeros([BLOCK_M], tl.float32)
-    a_y = tl.zeros([BLOCK_M], tl.float32)
+    m_x, l_x, s_x, m_y, l_y, s_y, c = rows_start(BLOCK_M)
     for i_n in range(0, tl.where(first < n, n, 0), BLOCK_N):
         o_n = (i_n + tl.arange(0, BLOCK_N)).to(tl.int64)
         mask_n = o_n < n
-        b_floor = tl.where(mask_n, 0.0, -1e30)[None, :]
         b_x = chunked_product(
             p_u, s_ur, 1, o_m, mask_m, p_f, s_fr, s_fc, o_n, mask_n, width,
-            BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, False,
+            BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, False, CENTRE_R=not COMPACT,
         )  # fmt: skip
         b_y = chunked_product(
             p_q, q.s_r, q.s_c, o_m, mask_m, p_k, k.s_r, k.s_c, o_n, mask_n, D,
             BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, UPCAST,
         )  # fmt: skip
-        m_x, l_x, a_x, m_y, l_y, a_y = online_update(
-            b_x + b_floor, b_y * y_scale + b_floor, m_x, l_x, a_x, m_y, l_y, a_y
+        m_x, l_x, s_x, m_y, l_y, s_y, c = rows_update(
+            m_x, l_x, s_x, m_y, l_y, s_y, c, b_x, b_y * y_scale, mask_n[None, :], True
         )
-    store_rows(stats, spans, i_bh, is_text, o_m, mask_m, m_x, l_x, a_x, m_y, l_y, a_y, COMPACT)
+    store_rows(stats, spans, i_bh, is_text, o_m, mask_m, m_x, l_x, s_x, m_y, l_y, s_y, c, COMPACT)
 
 
 @triton.jit(do_not_specialize=["s_gb", "s_gh", "spans", "n_tokens", "heads", "group", "tiles_text"])
@@ -178,7 +173,7 @@ def qk_wide_gradient_kernel(
         if COLUMNS:
             b_x = chunked_product(
                 p_f, s_fr, s_fc, o_m, mask_m, p_u, s_ur, 1, o_n, mask_n, width,
-                BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, False,
+                BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, False, CENTRE_L=not COMPACT,
             )  # fmt: skip
             b_y = chunked_product(
                 p_k, k.s_r, k.s_c, o_m, mask_m, p_q, q.s_r, q.s_c, o_n, mask_n, D,
@@ -195,7 +190,7 @@ def qk_wide_gradient_kernel(
             b_floor = tl.where(mask_n, 0.0, -1e30)[None, :]
             b_x = chunked_product(
                 p_u, s_ur, 1, o_m, mask_m, p_f, s_fr, s_fc, o_n, mask_n, width,
-                BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, False,
+                BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, False, CENTRE_R=not COMPACT,
             )  # fmt: skip
             b_y = chunked_product(
                 p_q, q.s_r, q.s_c, o_m, mask_m, p_k, k.s_r, k.s_c, o_n, mask_n, D,

@@ -13,6 +13,8 @@ import triton.language as tl
 
 #: probabilities are clamped from below by this number before their logarithm is taken (kind "probs")
 SMALLEST_PROBABILITY = tl.constexpr(1e-12)
+#: below every logit, and so far from overflow that differences of such numbers stay finite
+LOW = tl.constexpr(-1e30)
 
 
 @triton.jit
@@ -82,48 +84,55 @@ def load_rows(side, i, BLOCK_I: tl.constexpr):
 
 @triton.jit
 def rows_start(BLOCK_I: tl.constexpr):
-    """The running numbers of BLOCK_I rows before their first tile: (m, l, s, r) of X, then of Y."""
-    low = tl.full([BLOCK_I], float("-inf"), tl.float32)
+    """The numbers (m_x, l_x, s_x, m_y, l_y, s_y, c) of BLOCK_I rows before their first tile: see rows_update."""
+    low = tl.full([BLOCK_I], LOW, tl.float32)
     zero = tl.zeros([BLOCK_I], tl.float32)
-    return low, zero, zero, zero, low, zero, zero, zero
+    return low, zero, zero, low, zero, zero, zero
 
 
 @triton.jit
-def rows_update(m_x, l_x, s_x, r_x, m_y, l_y, s_y, r_y, b_x, b_y, inside, first):
-    """Take the tile b_x, b_y [I, J] into the rows' numbers; ``inside`` [1, J] masks columns, ``first`` the first tile.
+def rows_update(m_x, l_x, s_x, m_y, l_y, s_y, c, b_x, b_y, inside, LOG2: tl.constexpr):
+    """Take the tile b_x, b_y [I, J] into the rows' numbers; ``inside`` [1, J] masks columns. LOG2: logits / ln 2.
 
-    Per row: m = max x, l = sum_j e^(x_j - m), s = sum_j e^(x_j - m) d_j with d = (x - r_x) - (y - r_y), where the
-    references r are the first tile's maxima: a common offset of X and Y then costs no precision.
+    Per row: m = max x, l = sum_j e^(x_j - m), s = sum_j e^(x_j - m) (d_j - c) with d = (x - m_x) - (y - m_y), so that a
+    common offset of X and Y costs no precision. c follows E_p[d]: both s stay small where E_p[d] and E_q[d] are nearly
+    equal, and their difference, the loss, keeps its digits.
     """
-    b_x = tl.where(inside, b_x, float("-inf"))
-    b_y = tl.where(inside, b_y, float("-inf"))
+    b_x = tl.where(inside, b_x, LOW)
+    b_y = tl.where(inside, b_y, LOW)
     n_x = tl.maximum(m_x, tl.max(b_x, 1))
     n_y = tl.maximum(m_y, tl.max(b_y, 1))
-    r_x = tl.where(first, n_x, r_x)
-    r_y = tl.where(first, n_y, r_y)
-    b_d = tl.where(inside, (b_x - r_x[:, None]) - (b_y - r_y[:, None]), 0.0)
-    b_p = tl.exp(b_x - n_x[:, None])
-    b_q = tl.exp(b_y - n_y[:, None])
-    c_x = tl.exp(m_x - n_x)
-    c_y = tl.exp(m_y - n_y)
-    l_x = l_x * c_x + tl.sum(b_p, 1)
-    l_y = l_y * c_y + tl.sum(b_q, 1)
-    s_x = s_x * c_x + tl.sum(b_p * b_d, 1)
-    s_y = s_y * c_y + tl.sum(b_q * b_d, 1)
-    return n_x, l_x, s_x, r_x, n_y, l_y, s_y, r_y
+    shift = (m_x - n_x) - (m_y - n_y)
+    b_x -= n_x[:, None]
+    b_y -= n_y[:, None]
+    b_d = b_x - b_y
+    if LOG2:
+        b_p, b_q, r_x, r_y = tl.exp2(b_x), tl.exp2(b_y), tl.exp2(m_x - n_x), tl.exp2(m_y - n_y)
+    else:
+        b_p, b_q, r_x, r_y = tl.exp(b_x), tl.exp(b_y), tl.exp(m_x - n_x), tl.exp(m_y - n_y)
+    w_x = l_x * r_x
+    w_y = l_y * r_y
+    l_x = w_x + tl.sum(b_p, 1)
+    l_y = w_y + tl.sum(b_q, 1)
+    # relative to the new maxima the old columns' c is c + shift; where these maxima dwarf the old ones, its weight is 0
+    c_new = (w_x * (c + shift) + tl.sum(b_p * b_d, 1)) / l_x
+    shift += c - c_new
+    b_d -= c_new[:, None]
+    s_x = s_x * r_x + w_x * shift + tl.sum(b_p * b_d, 1)
+    s_y = s_y * r_y + w_y * shift + tl.sum(b_q * b_d, 1)
+    return n_x, l_x, s_x, n_y, l_y, s_y, c_new
 
 
 @triton.jit
-def rows_finish(m_x, l_x, s_x, r_x, m_y, l_y, s_y, r_y):
+def rows_finish(l_x, s_x, l_y, s_y, c):
     """(loss, E_p[d], E_q[d]) of the rows, with d = (x - m_x) - (y - m_y).
 
     KL(p||q) + KL(q||p) = E_p[x - y] - E_q[x - y], in which every reference cancels. Not below 0: rounding only.
     """
     e_x = s_x / l_x
     e_y = s_y / l_y
-    shift = (r_x - m_x) - (r_y - m_y)
     loss = e_x - e_y
-    return tl.where(loss < 0.0, 0.0, loss), e_x + shift, e_y + shift
+    return tl.where(loss < 0.0, 0.0, loss), e_x + c, e_y + c
 
 
 @triton.jit

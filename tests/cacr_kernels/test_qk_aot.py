@@ -40,6 +40,13 @@ def test_the_gate_finds_faults():
     assert "tf32" in qk_aot.faults(case, "forward", Report(255, 0, 0, frozenset({"tf32"})))[0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_kernels_that_form_x_form_it_alike(dtype):
+    for d in (size for size in qk_aot.HEAD_SIZES if dtype != torch.float32 or size <= 128):
+        forward, rows, columns = (launch(kernel, 90, dtype, d) for kernel in ("forward", "rows", "columns"))
+        assert len({forward.m >= 64, rows.m >= 64, columns.n >= 64}) == 1
+
+
 def test_the_launch_table_is_complete():
     for arch in (0, 80, 86, 87, 89, 90, 100, 103, 120):
         for dtype in (torch.float32, torch.float16, torch.bfloat16):

@@ -59,6 +59,17 @@ def test_the_table_is_complete():
     assert plan(120, "float32") is TABLE[89]["float32"]
 
 
+def test_kernels_that_form_x_form_it_alike():
+    for arch in ARCHITECTURES:
+        for dtype in DTYPES:
+            entries = plan(arch, dtype).kernels
+            blocks = [
+                entries[name].blocks for name in ("forward_small", "rows", "cross", "own", "forward_large", "large_g")
+            ]
+            assert len({block["BLOCK_K"] for block in blocks}) == 1
+            assert max(block["BLOCK_I"] for block in blocks) < 64
+
+
 def test_the_gate_finds_faults():
     case = aot.Case("own", 86, "float32", "scores")
     assert aot.Report(255, 64, 99 << 10, frozenset()).faults(case) == []
