@@ -207,3 +207,16 @@ def test_tables_show_the_breakdowns_that_are_asked_for(capsys: pytest.CaptureFix
     out = capsys.readouterr().out
     assert "by split" in out
     assert "by tag" not in out
+
+
+def test_tables_fit_eighty_columns(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    import numpy as np
+
+    from cacr_uniter.evaluation.winoground import summary
+
+    monkeypatch.setenv("COLUMNS", "80")
+    scores = np.random.default_rng(0).normal(size=(400, 2, 2)) + 1.4 * np.eye(2)
+    eval_winoground.show(summary(scores, {"secondary_tag (contains)": {"Morpheme-Level": list(range(200))}}))
+    out = capsys.readouterr().out
+    assert "Morpheme-Level │ 200 │" in out
+    assert "…" not in out

@@ -97,7 +97,7 @@ def show(report: dict[str, Any], wanted: Sequence[str] = ()) -> None:
         for column in ("", "n", *METRICS):
             part.add_column(column, justify="left" if not column else "right", no_wrap=True)
         for value, numbers in values.items():
-            part.add_row(value, str(numbers["n"]), *_cells(numbers))
+            part.add_row(value, str(numbers["n"]), *_cells(numbers, 0))
         console.print(part)
     console.print(
         f"single comparisons right (chance 50): text {report['pairwise_text']:.2f}, image "
@@ -106,13 +106,13 @@ def show(report: dict[str, Any], wanted: Sequence[str] = ()) -> None:
     console.print("In brackets: 95 % interval, bootstrap over examples. Ties are wrong.")
 
 
-def _cells(numbers: dict[str, Any]) -> list[str]:
-    return [f"{numbers[m]['score']:.2f} [{', '.join(map(_end, numbers[m]['ci95']))}]" for m in METRICS]
+def _cells(numbers: dict[str, Any], decimals: int = 1) -> list[str]:
+    """Scores with the ends of their intervals, a full hundred without decimals: tables fit 80 columns."""
 
+    def end(percent: float) -> str:
+        return f"{percent:.{decimals}f}".replace("100.0", "100")
 
-def _end(percent: float) -> str:
-    """An interval's end with one decimal; a full hundred without, so that tables fit 80 columns."""
-    return f"{percent:.1f}".replace("100.0", "100")
+    return [f"{numbers[m]['score']:.2f} [{', '.join(map(end, numbers[m]['ci95']))}]" for m in METRICS]
 
 
 def _parser() -> Parser:
