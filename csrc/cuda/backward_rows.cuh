@@ -106,7 +106,7 @@ CACR_KERNEL(kThreads, 3) cacr_backward_rows_kernel(Problem problem, i64 first) {
     for (int col_start = 0; col_start < n; col_start += kTile) {
         Accumulator acc;
         clear(acc);
-        product<Layout::plain, Layout::plain>(u, f, row_start, col_start, m, shared.slices, acc);
+        product<Layout::plain, Layout::plain, true>(u, f, row_start, col_start, m, shared.slices, acc);
         differentiate_chunk<0>(to, row_start, col_start, shared.chunk, acc);
         differentiate_chunk<1>(to, row_start, col_start, shared.chunk, acc);
     }

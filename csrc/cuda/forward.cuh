@@ -1,5 +1,6 @@
-// Forward of CACR (paper Eq. 3-6): per row block U = S_ab S_bb, then X = factor U S_ab^T tile by tile against Y = S_aa with
-// the online row sums of formulas.h; nothing [n_a, n_a] is stored.
+// Forward of CACR (paper Eq. 3-6): per row block U = S_ab S_bb, then X = factor U (S_ab - 1 f)^T tile by tile against
+// Y = S_aa with the online row sums of formulas.h; nothing [n_a, n_a] is stored. f is the first row of S_ab: a constant of a
+// row of X changes nothing, and an offset that all scores share does not enter the rounding of X.
 #pragma once
 
 #include "row_softmax.cuh"
@@ -28,10 +29,11 @@ CACR_DEVICE void merge_row_pair(RowState<float>& state) {
     other.max_y = shuffle_xor(state.max_y, 1);
     other.sum_y = shuffle_xor(state.sum_y, 1);
     other.dot_y = shuffle_xor(state.dot_y, 1);
+    other.centre = shuffle_xor(state.centre, 1);
     row_merge(state, other);
 }
 
-// Adds this thread's half of its row's first `cols` logits. The references of a row are the maxima of its first chunk.
+// Adds this thread's half of its row's first `cols` logits; those of the first chunk twice, to know E_p[d] beforehand.
 CACR_DEVICE void add_logits(const LogitChunks& logits, int cols, bool first, float factor, RowState<float>& state) {
     const float* x = logits.x.v[thread_index() / kThreadsPerRow];
     const float* y = logits.y.v[thread_index() / kThreadsPerRow];
@@ -44,12 +46,15 @@ CACR_DEVICE void add_logits(const LogitChunks& logits, int cols, bool first, flo
         max_y = fmaxf(max_y, y[col]);
     }
     if (first) {
-        const float ref_x = fmaxf(max_x, shuffle_xor(max_x, 1));
-        const float ref_y = fmaxf(max_y, shuffle_xor(max_y, 1));
-        state = row_begin(ref_x, ref_y);
+        max_x = fmaxf(max_x, shuffle_xor(max_x, 1));
+        max_y = fmaxf(max_y, shuffle_xor(max_y, 1));
+        state = row_begin(max_x, max_y);
+        for (int col = begin; col < end; ++col) row_add(state, factor * x[col], y[col]);
+        row_restart(state);
     }
     row_raise(state, max_x, max_y);
     for (int col = begin; col < end; ++col) row_add(state, factor * x[col], y[col]);
+    row_follow(state);
 }
 
 // Compares columns col_start + 32 part + 0..31 of X = factor * acc with Y, a chunk of 64 rows.
@@ -98,7 +103,7 @@ CACR_KERNEL(kThreads, 3) cacr_forward_kernel(Problem problem, i64 first) {
     for (int col_start = 0; col_start < n; col_start += kTile) {
         Accumulator acc;
         clear(acc);
-        product<Layout::plain, Layout::plain>(u, f, row_start, col_start, m, shared.slices, acc);
+        product<Layout::plain, Layout::plain, true>(u, f, row_start, col_start, m, shared.slices, acc);
         compare_chunk<0>(y, probs, n, row_start, col_start, factor, shared.logits, acc, state);
         compare_chunk<1>(y, probs, n, row_start, col_start, factor, shared.logits, acc, state);
     }

@@ -53,8 +53,8 @@ CACR_DEVICE void clear(Accumulator& acc) {
 enum class Layout { plain, transposed };
 
 // Slice [64 outer, 16 inner] of an operand, 8 elements a thread, zero outside the matrix.
-// plain: element (outer, inner) = view(outer, inner); transposed: view(inner, outer).
-template <Layout layout, typename T>
+// plain: element (outer, inner) = view(outer, inner), less view(0, inner) if centred; transposed: view(inner, outer).
+template <Layout layout, bool centred = false, typename T>
 CACR_DEVICE void fetch(const View<T>& view, int outer_start, int inner_start, float (&values)[kFetchEach]) {
     constexpr int width = layout == Layout::plain ? kDepth : kTile;
     constexpr int step = kThreads / width;
@@ -62,9 +62,10 @@ CACR_DEVICE void fetch(const View<T>& view, int outer_start, int inner_start, fl
     const int col = (layout == Layout::plain ? inner_start : outer_start) + thread_index() % width;
     const T* where = view.data + first_row * view.row_stride + col * view.col_stride;
     const i64 stride = step * view.row_stride;
+    const float first = centred && col < view.cols ? to_float(view.data[col * view.col_stride]) : 0.0f;
     CACR_UNROLL
     for (int e = 0; e < kFetchEach; ++e) {
-        values[e] = first_row + e * step < view.rows && col < view.cols ? to_float(*where) : 0.0f;
+        values[e] = first_row + e * step < view.rows && col < view.cols ? to_float(*where) - first : 0.0f;
         where += stride;
     }
 }
@@ -98,16 +99,17 @@ CACR_DEVICE void multiply(const ProductSlices& slices, Accumulator& acc) {
     }
 }
 
-// acc[i][j] += sum_{k < inner} A(row_start + i, k) B(col_start + j, k), with A and B read in their layouts.
+// acc[i][j] += sum_{k < inner} A(row_start + i, k) B(col_start + j, k), with A and B read in their layouts; if centred,
+// with B(col_start + j, k) - B(0, k), B plain.
 // The whole block takes part. What other threads wrote to A, B or the slices needs no barrier of the caller only if this
 // thread reads it through shared memory; after the product the slices are free at the caller's next barrier.
-template <Layout layout_a, Layout layout_b, typename A, typename B>
+template <Layout layout_a, Layout layout_b, bool centred = false, typename A, typename B>
 CACR_DEVICE void product(const View<A>& a, const View<B>& b, int row_start, int col_start, int inner,
                          ProductSlices& slices, Accumulator& acc) {
     float next_a[kFetchEach];
     float next_b[kFetchEach];
     fetch<layout_a>(a, row_start, 0, next_a);
-    fetch<layout_b>(b, col_start, 0, next_b);
+    fetch<layout_b, centred>(b, col_start, 0, next_b);
     for (int k = 0; k < inner; k += kDepth) {
         CACR_BARRIER();  // shared memory has been read
         put<layout_a>(slices.a, next_a);
@@ -115,7 +117,7 @@ CACR_DEVICE void product(const View<A>& a, const View<B>& b, int row_start, int 
         CACR_BARRIER();  // the slices are written
         if (k + kDepth < inner) {
             fetch<layout_a>(a, row_start, k + kDepth, next_a);
-            fetch<layout_b>(b, col_start, k + kDepth, next_b);
+            fetch<layout_b, centred>(b, col_start, k + kDepth, next_b);
         }
         multiply(slices, acc);
     }

@@ -3,7 +3,7 @@
 // One row i of one side: logits x (projected attention) and y (own attention), p = softmax(x), q = softmax(y),
 //     KL(p||q) + KL(q||p) = sum_j (p_j - q_j)(x_j - y_j) = E_p[d] - E_q[d]
 // for d = x - y plus any constant. A common offset of x and y would eat the precision of x - y, so d is always formed from
-// referenced logits: d = (x - r_x) - (y - r_y), with r fixed for the whole row before the first element is added.
+// logits relative to their row's maxima: d = (x - m_x) - (y - m_y).
 // T is float or double.
 #pragma once
 
@@ -23,10 +23,10 @@ CACR_HD double log_of(double v) { return log(v); }
 // Running sums over a row. Start with row_begin, add elements (row_add) or other partial rows (row_merge).
 template <typename T>
 struct RowState {
-    T ref_x, ref_y;  // references of d
     T max_x, sum_x;  // m_x, sum exp(x - m_x)
     T max_y, sum_y;  // m_y, sum exp(y - m_y)
-    T dot_x, dot_y;  // sum exp(x - m_x) d, sum exp(y - m_y) d, d relative to the references
+    T centre;        // c, near E_p[d]: E_p[d] and E_q[d] of nearly uniform rows agree in most digits
+    T dot_x, dot_y;  // sum exp(x - m_x) (d - c), sum exp(y - m_y) (d - c), d = (x - m_x) - (y - m_y)
 };
 
 // The finished row, d relative to the maxima: what backward needs.
@@ -36,78 +36,94 @@ struct RowNumbers {
     T mean_p, mean_q;  // E_p[d], E_q[d] with d = (x - m_x) - (y - m_y)
 };
 
-// Empty row with references near the row's values, for example the maxima of the first tile; the references also start the
-// running maxima, so they must not exceed the row's true maxima.
+// Empty row whose maxima are at least (max_x, max_y), which must not exceed the row's true maxima.
 template <typename T>
-CACR_HD RowState<T> row_begin(T ref_x, T ref_y) {
+CACR_HD RowState<T> row_begin(T max_x, T max_y) {
     RowState<T> s;
-    s.ref_x = ref_x;
-    s.ref_y = ref_y;
-    s.max_x = ref_x;
-    s.max_y = ref_y;
-    s.sum_x = s.sum_y = s.dot_x = s.dot_y = T(0);
+    s.max_x = max_x;
+    s.max_y = max_y;
+    s.sum_x = s.sum_y = s.centre = s.dot_x = s.dot_y = T(0);
     return s;
 }
 
-// Raises the running maxima to at least (tile_max_x, tile_max_y) and rescales the sums.
+// Raises the running maxima to at least (tile_max_x, tile_max_y): d moves by `shift`, the sums are rescaled.
 template <typename T>
 CACR_HD void row_raise(RowState<T>& s, T tile_max_x, T tile_max_y) {
-    if (tile_max_x > s.max_x) {
-        const T c = exp_of(s.max_x - tile_max_x);
-        s.max_x = tile_max_x;
-        s.sum_x *= c;
-        s.dot_x *= c;
-    }
-    if (tile_max_y > s.max_y) {
-        const T c = exp_of(s.max_y - tile_max_y);
-        s.max_y = tile_max_y;
-        s.sum_y *= c;
-        s.dot_y *= c;
-    }
+    const T max_x = tile_max_x > s.max_x ? tile_max_x : s.max_x;
+    const T max_y = tile_max_y > s.max_y ? tile_max_y : s.max_y;
+    const T shift = (s.max_x - max_x) - (s.max_y - max_y);
+    const T cx = exp_of(s.max_x - max_x);
+    const T cy = exp_of(s.max_y - max_y);
+    s.dot_x = (s.dot_x + s.sum_x * shift) * cx;
+    s.dot_y = (s.dot_y + s.sum_y * shift) * cy;
+    s.sum_x *= cx;
+    s.sum_y *= cy;
+    s.max_x = max_x;
+    s.max_y = max_y;
 }
 
 // Adds one element whose logits do not exceed the running maxima.
 template <typename T>
 CACR_HD void row_add(RowState<T>& s, T x, T y) {
-    const T d = (x - s.ref_x) - (y - s.ref_y);
-    const T ex = exp_of(x - s.max_x);
-    const T ey = exp_of(y - s.max_y);
+    const T u = x - s.max_x;
+    const T v = y - s.max_y;
+    const T d = (u - v) - s.centre;
+    const T ex = exp_of(u);
+    const T ey = exp_of(v);
     s.sum_x += ex;
     s.dot_x += ex * d;
     s.sum_y += ey;
     s.dot_y += ey * d;
 }
 
-// Adds the partial row o of the same row; both must have the same references.
+// Moves c to E_p[d] of the elements so far. What was rounded at the old c stays so: after the first elements, begin again
+// with row_restart and the same elements.
 template <typename T>
-CACR_HD void row_merge(RowState<T>& s, const RowState<T>& o) {
-    row_raise(s, o.max_x, o.max_y);
-    const T cx = exp_of(o.max_x - s.max_x);
-    const T cy = exp_of(o.max_y - s.max_y);
-    s.sum_x += cx * o.sum_x;
-    s.dot_x += cx * o.dot_x;
-    s.sum_y += cy * o.sum_y;
-    s.dot_y += cy * o.dot_y;
+CACR_HD void row_follow(RowState<T>& s) {
+    if (!(s.sum_x > T(0))) return;
+    const T step = s.dot_x / s.sum_x;
+    s.centre += step;
+    s.dot_x -= s.sum_x * step;
+    s.dot_y -= s.sum_y * step;
 }
 
-// E_p[d] and E_q[d], moved from the references to the final maxima: d_max = d_ref + (r_x - m_x) - (r_y - m_y).
+// The empty row with the maxima and c of `s`.
+template <typename T>
+CACR_HD void row_restart(RowState<T>& s) {
+    row_follow(s);
+    s.sum_x = s.sum_y = s.dot_x = s.dot_y = T(0);
+}
+
+// Adds the partial row o of the same row.
+template <typename T>
+CACR_HD void row_merge(RowState<T>& s, RowState<T> o) {
+    row_raise(s, o.max_x, o.max_y);
+    row_raise(o, s.max_x, s.max_y);
+    const T step = o.centre - s.centre;
+    s.dot_x += o.dot_x + o.sum_x * step;
+    s.dot_y += o.dot_y + o.sum_y * step;
+    s.sum_x += o.sum_x;
+    s.sum_y += o.sum_y;
+}
+
+// E_p[d] and E_q[d] with the row's final maxima.
 template <typename T>
 CACR_HD RowNumbers<T> row_finish(const RowState<T>& s) {
-    const T shift = (s.ref_x - s.max_x) - (s.ref_y - s.max_y);
     RowNumbers<T> r;
     r.max_x = s.max_x;
     r.sum_x = s.sum_x;
     r.max_y = s.max_y;
     r.sum_y = s.sum_y;
-    r.mean_p = s.dot_x / s.sum_x + shift;
-    r.mean_q = s.dot_y / s.sum_y + shift;
+    r.mean_p = s.dot_x / s.sum_x + s.centre;
+    r.mean_q = s.dot_y / s.sum_y + s.centre;
     return r;
 }
 
-// Symmetric KL of the finished row (the shift of row_finish cancels; taking it from the state avoids rounding it).
+// Symmetric KL of the finished row, from sums that do not hold c; not below 0, NaN stays NaN.
 template <typename T>
 CACR_HD T row_loss(const RowState<T>& s) {
-    return s.dot_x / s.sum_x - s.dot_y / s.sum_y;
+    const T loss = s.dot_x / s.sum_x - s.dot_y / s.sum_y;
+    return loss < T(0) ? T(0) : loss;
 }
 
 // Both partial derivatives of the row's symmetric KL at one element:

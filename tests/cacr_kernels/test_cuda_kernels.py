@@ -23,7 +23,7 @@ from cacr_kernels import backends, fused_cacr, fused_cacr_blocks, native
 from cacr_kernels.problem import Options, Spans
 from cacr_kernels.reference import cacr_closed_form, cacr_loop
 from cacr_kernels.reference.closed_form import scores_reference
-from cacr_kernels.testing import loss_and_gradients, make_input, make_scores, relative_error
+from cacr_kernels.testing import loss_and_gradients, make_input, make_scores, relative_error, score_errors
 
 NAN = float("nan")
 #: sides, projection_scale, projection_mean, row_mean, stop_gradient, expected_grad, scale, backend of the operators
@@ -269,6 +269,23 @@ def test_four_blocks_without_spans(device):
 @pytest.mark.parametrize("mean", [-3.0, 3.0])
 def test_a_common_offset_of_the_scores_costs_no_precision(device, mean):
     agree(make_scores(12, 36, std=1.0, mean=mean, seed=5, device=device), 12, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("n_text", "n_vision", "options", "budget"),
+    [
+        # as the closed form where X is not centred: 3e-7 and 9e-6
+        (60, 100, {"std": 0.3, "mean": -3.0}, (1e-7, 1e-6)),
+        # 1e-4 and 2e-4 where the row sums do not follow E_p[d]
+        (20, 36, {"pattern": "uniform"}, (6e-6, 2e-4)),
+        (20, 70, {"std": 10.0}, (2e-7, 2e-6)),
+    ],
+    ids=["common offset", "nearly uniform rows", "nearly one-hot rows"],
+)
+def test_error_budget(device, n_text, n_vision, options, budget):
+    measured = score_errors(cuda, n_text, n_vision, count=3, device=device, **options)
+    assert measured.loss <= budget[0]
+    assert measured.gradient <= budget[1]
 
 
 def test_congruent_attention_has_zero_loss_and_gradient(device):

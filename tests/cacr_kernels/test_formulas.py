@@ -30,9 +30,10 @@ def test_formulas_agree_with_long_double(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("right", "wrong"),
     [
-        ("const T d = (x - s.ref_x) - (y - s.ref_y);", "const T d = x - y;"),
+        ("const T d = (u - v) - s.centre;", "const T d = u - v;"),
         ("g.dy = -q * (d - r.mean_q) - (p - q);", "g.dy = -q * (d - r.mean_p) - (p - q);"),
-        ("s.dot_x *= c;", "s.dot_x *= 1;"),
+        ("s.dot_x = (s.dot_x + s.sum_x * shift) * cx;", "s.dot_x = s.dot_x * cx;"),
+        ("s.centre += step;", "s.centre = s.centre;"),
     ],
 )
 def test_a_planted_error_is_found(tmp_path: Path, right: str, wrong: str) -> None:
