@@ -1,6 +1,7 @@
 #include "dispatch.h"
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cstdint>
 #include <cstdlib>
@@ -91,19 +92,23 @@ class FlushToZero {
 #endif
 };
 
-// work(index, scratch) for each index below count, every thread with scratch of its own.
+// work(index, next, scratch) for each index below count, every thread with scratch of its own. A thread claims the index
+// after its current one early, so that it knows what to fetch.
 template <typename F>
 void share_out(int threads, i64 count, i64 scratch_bytes, F&& work) {
     threads = (int)std::max<i64>(1, std::min<i64>(threads, count));
     bool out_of_memory = false;
+    std::atomic<i64> claimed{0};
 #pragma omp parallel num_threads(threads) if (threads > 1) reduction(|| : out_of_memory)
     {
         [[maybe_unused]] const FlushToZero mode;
         const Buffer scratch(scratch_bytes);
         out_of_memory = !scratch.data();
-#pragma omp for schedule(dynamic, 1)
-        for (i64 index = 0; index < count; ++index)
-            if (scratch.data()) work(index, scratch.data());
+        for (i64 index = scratch.data() ? claimed++ : count; index < count;) {
+            const i64 next = claimed++;
+            work(index, next < count ? next : -1, scratch.data());
+            index = next;
+        }
     }
     if (out_of_memory) throw std::bad_alloc();
 }
@@ -140,12 +145,12 @@ void cacr_scores_cpu(const Problem& problem, const Kernels& kernels) {
         for (int ab = 0; ab < (problem.single ? 1 : 4); ++ab)
             advise_huge_pages(problem.grads[ab].data, count * limit[ab / 2] * limit[ab % 2] * size_of(problem.dtype));
     share_out(problem.threads, count, kernels.scores_scratch(problem),
-              [&](i64 index, char* scratch) { kernels.scores(problem, index, scratch); });
+              [&](i64 index, i64 next, char* scratch) { kernels.scores(problem, index, next, scratch); });
 }
 
 void cacr_qk_cpu(const QkProblem& problem, const Kernels& kernels) {
     share_out(problem.threads, problem.batch * problem.key_heads, kernels.qk_scratch(problem),
-              [&](i64 index, char* scratch) { kernels.qk(problem, index, scratch); });
+              [&](i64 index, i64 next, char* scratch) { kernels.qk(problem, index, next, scratch); });
 }
 
 void cacr_scale_cpu(const Scaling& scaling) {

@@ -17,12 +17,12 @@ static i64 scores_scratch(const Problem& p) {
                : lay_out<float>(nullptr, p.spans.n_text, p.spans.n_vision, p.options.kind, backward).bytes;
 }
 
-static void scores(const Problem& p, i64 index, char* scratch) {
+static void scores(const Problem& p, i64 index, i64 next, char* scratch) {
     switch (p.dtype) {
-        case DType::f64: return scores_problem<double, double>(p, index, scratch);
-        case DType::f32: return scores_problem<float, float>(p, index, scratch);
-        case DType::bf16: return scores_problem<float, Bf16>(p, index, scratch);
-        case DType::f16: return scores_problem<float, Half>(p, index, scratch);
+        case DType::f64: return scores_problem<double, double>(p, index, next, scratch);
+        case DType::f32: return scores_problem<float, float>(p, index, next, scratch);
+        case DType::bf16: return scores_problem<float, Bf16>(p, index, next, scratch);
+        case DType::f16: return scores_problem<float, Half>(p, index, next, scratch);
     }
 }
 
@@ -31,7 +31,7 @@ static i64 qk_scratch(const QkProblem& p) {
                                  : lay_out_qk<float>(nullptr, p, p.spans.n_text, p.spans.n_vision).bytes;
 }
 
-static void qk(const QkProblem& p, i64 index, char* scratch) {
+static void qk(const QkProblem& p, i64 index, i64, char* scratch) {
     switch (p.dtype) {
         case DType::f64: return qk_problem<double, double>(p, index, scratch);
         case DType::f32: return qk_problem<float, float>(p, index, scratch);
@@ -47,7 +47,7 @@ static double multiply_adds(i64 rounds, float* sink) {
     for (int i = 0; i < depth * width; ++i) right[i] = 1e-3f * (float)(i % 5);
     for (int i = 0; i < rows * width; ++i) out[i] = 0.0f;
     for (i64 r = 0; r < rounds; ++r) {
-        tile<float, rows, kMaxVectors>(depth, {left, depth, 1}, right, width, out, width, true);
+        tile<float, rows, kMaxVectors, false>(depth, {left, depth, 1}, right, width, out, width, true);
         asm volatile("" : : "r"(out) : "memory");  // every element is wanted
     }
     *sink = out[0];

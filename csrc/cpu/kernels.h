@@ -11,11 +11,11 @@ struct Kernels {
     // Bytes of scratch that one thread needs, 64-byte aligned.
     i64 (*scores_scratch)(const Problem&);
     // Problem number index = b * heads + h: its loss if problem.loss is set, its gradient times grad_loss (1 where null) if
-    // problem.grads are set.
-    void (*scores)(const Problem&, i64 index, char* scratch);
+    // problem.grads are set. next: the problem this thread will work on afterwards, whose input is fetched; -1 if none.
+    void (*scores)(const Problem&, i64 index, i64 next, char* scratch);
     // The same for q and k; one call works on a key head and all its query heads, index = b * key_heads + key head.
     i64 (*qk_scratch)(const QkProblem&);
-    void (*qk)(const QkProblem&, i64 index, char* scratch);
+    void (*qk)(const QkProblem&, i64 index, i64 next, char* scratch);
     // All multiply-adds of `rounds` register tiles held in L1, for measuring this machine's rate; returns their number.
     double (*multiply_adds)(i64 rounds, float* sink);
 };

@@ -15,6 +15,8 @@
 namespace cacr {
 namespace CACR_ISA {
 
+constexpr i64 kAheadBytes = 256 * 1024;
+
 // Scratch matrices of one problem; index ab in {TT, TV, VT, VV}, index a in {0 text, 1 vision}.
 template <typename T>
 struct Scratch {
@@ -27,7 +29,7 @@ struct Scratch {
     T* du;
     T* x;
     T* rows;  // two row groups
-    T* pack;
+    Workspace<T> work;
     i64 bytes;
 };
 
@@ -56,21 +58,21 @@ static Scratch<T> lay_out(char* base, i64 n_text, i64 n_vision, Kind kind, bool 
     s.du = backward ? take(widest * widest) : nullptr;
     s.x = take(widest * widest);
     s.rows = take(2 * kRowGroup * widest);
-    s.pack = take(pack_elements<T>());
+    s.work = {take(pack_elements<T>()), {}, 0};
     s.bytes = used;
     return s;
 }
 
 // Loss of side a; with a backward pass, its contributions to the gradients, weighted by `weight`.
 template <typename T>
-static double run_side(const Options& o, int a, i64 n, i64 m, const Scratch<T>& s, bool backward, T weight) {
+static double run_side(const Options& o, int a, i64 n, i64 m, Scratch<T>& s, bool backward, T weight) {
     const int aa = 3 * a, ab = a ? VT : TV, b = 1 - a;
     const i64 ldn = leading<T>(n), ldm = leading<T>(m);
     const T* f = s.raw[ab];
     const T* w = s.inner[b];
     const T row_weight = (T)row_factor(o, (int)n);
-    multiply<T>(n, m, m, {f, ldm, 1}, w, ldm, s.u, ldm, false, s.pack);
-    multiply<T>(n, n, m, {s.u, ldm, 1}, s.swapped[ab], ldn, s.x, ldn, false, s.pack);
+    multiply<T>(n, m, m, {f, ldm, 1}, w, ldm, s.u, ldm, false, s.work);
+    multiply<T>(n, n, m, {s.u, ldm, 1}, s.swapped[ab], ldn, s.x, ldn, false, s.work);
 
     const bool grad_x = backward && o.stop_gradient != StopGradient::projection;
     const bool grad_y = backward && o.stop_gradient != StopGradient::target;
@@ -82,14 +84,14 @@ static double run_side(const Options& o, int a, i64 n, i64 m, const Scratch<T>& 
     if (!grad_x) return loss;
 
     T* grad_f = s.grad[ab];
-    multiply<T>(n, m, n, {s.x, ldn, 1}, f, ldm, s.du, ldm, false, s.pack);
-    multiply<T>(n, m, n, {s.x, 1, ldn}, s.u, ldm, grad_f, ldm, false, s.pack);
-    multiply<T>(n, m, m, {s.du, ldm, 1}, s.swapped[3 * b], ldm, grad_f, ldm, true, s.pack);
+    multiply<T>(n, m, n, {s.x, ldn, 1}, f, ldm, s.du, ldm, false, s.work);
+    multiply<T>(n, m, n, {s.x, 1, ldn}, s.u, ldm, grad_f, ldm, false, s.work);
+    multiply<T>(n, m, m, {s.du, ldm, 1}, s.swapped[3 * b], ldm, grad_f, ldm, true, s.work);
     if (o.kind != Kind::softmax) {
-        multiply<T>(m, m, n, {f, 1, ldm}, s.du, ldm, s.grad[3 * b], ldm, true, s.pack);
+        multiply<T>(m, m, n, {f, 1, ldm}, s.du, ldm, s.grad[3 * b], ldm, true, s.work);
         return loss;
     }
-    multiply<T>(m, m, n, {f, 1, ldm}, s.du, ldm, s.grad_inner, ldm, false, s.pack);
+    multiply<T>(m, m, n, {f, 1, ldm}, s.du, ldm, s.grad_inner, ldm, false, s.work);
     for (i64 i = 0; i < n; ++i) softmax_row_backward<T>(m, f + i * ldm, grad_f + i * ldm, grad_f + i * ldm, false);
     for (i64 i = 0; i < m; ++i)
         softmax_row_backward<T>(m, w + i * ldm, s.grad_inner + i * ldm, s.grad[3 * b] + i * ldm, true);
@@ -185,8 +187,27 @@ static void store_nan(const Problem& p, i64 b, i64 h) {
     }
 }
 
+// What this problem will write and the next one (if any) will read, where both are small enough for the L2 cache.
 template <typename T, typename S>
-static void scores_problem(const Problem& p, i64 index, char* scratch) {
+static void look_ahead(const Problem& p, i64 index, i64 next, Workspace<T>& work) {
+    const i64 limit[2] = {p.spans.limit_text, p.spans.limit_vision}, size = sizeof(S);
+    const i64 total = p.single ? limit[0] * limit[0] : (limit[0] + limit[1]) * (limit[0] + limit[1]);
+    if (total * size > kAheadBytes) return;
+    for (int ab = 0; next >= 0 && ab < (p.single ? 1 : 4); ++ab) {
+        const ConstTensor& x = p.blocks[ab];
+        if (x.stride[3] != 1) break;
+        const i64 offset = next / p.heads * x.stride[0] + next % p.heads * x.stride[1];
+        work.add((const char*)x.data + offset * size, limit[ab % 2] * size, x.stride[2] * size, limit[ab / 2]);
+    }
+    for (int ab = 0; p.grads[TT].data && ab < (p.single ? 1 : 4); ++ab) {
+        const MutableTensor& x = p.grads[ab];
+        const i64 offset = index / p.heads * x.stride[0] + index % p.heads * x.stride[1];
+        work.add((const char*)x.data + offset * size, limit[ab / 2] * limit[ab % 2] * size, 0, 1);
+    }
+}
+
+template <typename T, typename S>
+static void scores_problem(const Problem& p, i64 index, i64 next, char* scratch) {
     const i64 b = index / p.heads, h = index % p.heads;
     const Extent e = extent_of(p.spans, b);
     const bool backward = p.grads[TT].data != nullptr;
@@ -197,12 +218,13 @@ static void scores_problem(const Problem& p, i64 index, char* scratch) {
         return;
     }
     const bool active[2] = {(bool)side_active(p.options, e, 0), (bool)side_active(p.options, e, 1)};
-    const Scratch<T> s = lay_out<T>(scratch, e.n_text, e.n_vision, p.options.kind, backward);
+    Scratch<T> s = lay_out<T>(scratch, e.n_text, e.n_vision, p.options.kind, backward);
     double total = 0;
     if (active[0] || active[1]) {
         const i64 n[2] = {e.n_text, e.n_vision};
         const T weight = p.grad_loss ? ((const T*)p.grad_loss)[b * p.grad_loss_stride[0] + h * p.grad_loss_stride[1]] : T(1);
         load_problem<T, S>(p, e, b, h, s, backward);
+        look_ahead<T, S>(p, index, next, s.work);
         if (backward)
             for (int ab = 0; ab < 4; ++ab) {
                 const bool overwritten = ab % 3 && active[ab / 2] && p.options.stop_gradient != StopGradient::projection;
