@@ -215,6 +215,28 @@ def test_damage_met_while_training_keeps_what_was_done(
     refused(capsys, train_words(copy, tmp_path / "run", data__cache="disk"), "no checkpoint was written yet")
 
 
+def other_width(folder: Path, images: range) -> Path:
+    """An image database whose features of these images have 5 numbers, the others 12."""
+    source = synthetic_source()
+    with ImageDBWriter(folder) as writer:
+        for image, size in enumerate(source.n_regions):
+            features = source.features[image, :size, : 5 if image in images else 12].numpy()
+            writer.write(f"{image}.npz", features, source.boxes[image, :size, :6].numpy())
+    return folder
+
+
+@pytest.mark.parametrize("cache", ["memory", "disk"])
+def test_features_of_two_widths(cache: str, sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fields = {"data__text": sound / "txt" / "train.db", "data__scenes": "null", "data__cache": cache}
+    mixed = other_width(tmp_path / "mixed", range(9, 20))
+    refused(capsys, train_words(sound, tmp_path / "run", data__images=mixed, **fields), "npz' have 5 numbers, those of")
+    narrow = other_width(tmp_path / "narrow", range(20))
+    fields |= {"data__val_text": sound / "txt" / "train.db", "data__images": sound / "img", "run__validate_every": 2}
+    words = train_words(sound, tmp_path / "other", data__val_images=narrow, **fields)
+    refused(capsys, words, "of the validation have 5 numbers, those of the training 12")
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_database_of_another_rule_is_named(sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = "there is feat_th0.2_max100_min10, made by another rule"
     refused(capsys, train_words(sound, tmp_path / "run", data__confidence=0.3), message)

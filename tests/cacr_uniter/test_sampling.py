@@ -93,6 +93,6 @@ def test_processes_share_the_groups_of_one() -> None:
 
 def test_too_few_competitors_are_an_error_that_names_the_option() -> None:
     with pytest.raises(UserError, match=r"8 negatives are wanted of 7 other images.*batch\.pool"):
-        sampler(draws=8).group(0, 0, "text")
+        sampler(draws=8).check(("text",))
     with pytest.raises(UserError, match="captions of other images"):
-        sampler(draws=24).group(0, 0, "image")
+        sampler(draws=24).check(("image",))

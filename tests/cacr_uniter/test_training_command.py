@@ -135,7 +135,7 @@ def test_data_and_model_must_fit(
 ) -> None:
     assert main(arguments(databases, tmp_path / "run", **fields)) == 2
     assert message in capsys.readouterr().err
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_pickled_checkpoint_is_not_run(databases: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,7 +44,7 @@ class RetrievalDataset:
         if longest + 2 > max_positions:
             raise UserError(
                 f"text database {text_db.folder}: a caption has {longest} word pieces and the model takes "
-                f"{max_positions - 2}; set max_text_length"
+                f"{max_positions - 2}; leave such captions out (cacr train: data.max_text)"
             )
         absent = [name for name in self.image_names if name not in image_db]
         if absent:

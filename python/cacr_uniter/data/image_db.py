@@ -168,6 +168,11 @@ class ImageDB:
         arrays = self.record(name)
         used = self._used(name, arrays)
         features = _float32(arrays["features"][:used])
+        if features.shape[1] != self.feature_dim:
+            raise UserError(
+                f"image database {self.folder}: features of {name!r} have {features.shape[1]} numbers, those of the "
+                f"first image {self.feature_dim}; create it again"
+            )
         if not torch.isfinite(features.sum()):
             raise UserError(
                 f"image database {self.folder}: features of {name!r} are not finite numbers; copy or create it again"

@@ -44,13 +44,9 @@ class Group:
     images: Indices
 
 
-def _draw_outside(generator: np.random.Generator, n: int, excluded: Indices, size: int, what: str) -> Indices:
+def _draw_outside(generator: np.random.Generator, n: int, excluded: Indices, size: int) -> Indices:
     """``size`` different numbers of 0..n-1 without those of ``excluded`` (sorted, unique)."""
     free = n - len(excluded)
-    if size > free:
-        raise UserError(
-            f"{size} negatives are wanted of {free} {what}: give a smaller batch.pool (mining hard) or batch.negatives"
-        )
     drawn = generator.choice(free, size, replace=False, shuffle=False)
     for number in excluded:
         drawn += drawn >= number
@@ -81,6 +77,25 @@ class Sampler:
         self.captions_of = np.split(order, np.cumsum(np.bincount(image_of, minlength=n_images))[:-1])
         self._orders: dict[int, tuple[int, Indices]] = {}
 
+    def check(self, halves: tuple[Half, ...]) -> None:
+        """Refuses more negatives than some anchor of these halves has competitors.
+
+        Raises:
+            UserError: names the option.
+        """
+        most = max(map(len, self.captions_of))
+        competitors = {
+            "image": (len(self.image_of) - most, "captions of other images"),
+            "text": (self.n_images - 1, "other images"),
+        }
+        for half in halves:
+            free, what = competitors[half]
+            if self.draws > free:
+                raise UserError(
+                    f"{self.draws} negatives are wanted of {free} {what}: give a smaller batch.pool (mining hard) or "
+                    "batch.negatives"
+                )
+
     def _anchor(self, purpose: int, position: int) -> int:
         epoch, place = divmod(position, len(self.image_of))
         known = self._orders.get(purpose)
@@ -97,14 +112,14 @@ class Sampler:
             image = int(self.image_of[caption])
             generator = counter_generator(self.seed, POOL_IMAGE, step, index)
             own = self.captions_of[image]
-            drawn = _draw_outside(generator, len(self.image_of), own, size, "captions of other images")
+            drawn = _draw_outside(generator, len(self.image_of), own, size)
             captions = np.concatenate(([caption], drawn))
             images = np.full(size + 1, image, dtype=np.int64)
         else:
             caption = self._anchor(ORDER_TEXT, step * self.anchors + index)
             image = int(self.image_of[caption])
             generator = counter_generator(self.seed, POOL_TEXT, step, index)
-            drawn = _draw_outside(generator, self.n_images, np.array([image]), size, "other images")
+            drawn = _draw_outside(generator, self.n_images, np.array([image]), size)
             images = np.concatenate(([image], drawn))
             captions = np.full(size + 1, caption, dtype=np.int64)
         return Group(half, captions, images)

@@ -77,6 +77,8 @@ class Stepper:
         if config.batch.mining == "shared":
             self.sampler = SharedSampler(*common, contrasts=source.contrasts() if config.batch.contrasts else None)
         self.halves = halves_of(config)
+        if config.batch.mining != "shared":
+            self.sampler.check(self.halves)
         self.auxiliary = None if config.aux.loss == "none" else AuxiliaryLoss(config.aux)
         self.attention = LayerAttention(model, [] if self.auxiliary is None else config.aux.layers)
         self.size = config.batch.negatives + 1

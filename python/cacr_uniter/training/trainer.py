@@ -73,11 +73,12 @@ def train(config: TrainConfig, *, progress: bool = True, evaluate: Evaluation | 
     dataset = open_dataset(data, "train")
     assert dataset is not None
     validation = open_dataset(data, "val") if config.run.validate_every else None
+    vocab_size = max(part.text_db.vocab_size for part in (dataset, validation) if part is not None)
     return train_on(
         config,
         accelerator,
         open_source(dataset, data),
-        vocab_size=dataset.text_db.vocab_size,
+        vocab_size=vocab_size,
         validation=open_source(validation, data) if validation is not None else None,
         progress=progress,
         evaluate=evaluate,
@@ -99,6 +100,11 @@ def train_on(
     out = Path(config.run.out)
     resumed = _resumed(config, out)
     sizes = model_config(config.model, vocab_size, source.img_dim)
+    if validation is not None and validation.img_dim != source.img_dim:
+        raise UserError(
+            f"the region features of the validation have {validation.img_dim} numbers, those of the training "
+            f"{source.img_dim}: data.val_images must be of the same kind as data.images"
+        )
     model, loaded = build_model(config.model, sizes, config.run.seed)
     model.to(accelerator.device)
     parameters = trained_parameters(model)
