@@ -90,7 +90,7 @@ def unpack_arrays(data: bytes) -> dict[str, Any]:
     try:
         record = msgpack.unpackb(data, object_hook=_decode_array, raw=False)
     except (msgpack.UnpackException, UnicodeDecodeError, TypeError, RecursionError) as error:
-        raise ValueError(f"damaged msgpack record ({error or type(error).__name__})") from error
+        raise ValueError(f"damaged msgpack record ({str(error) or type(error).__name__})") from error
     if not isinstance(record, dict) or not all(isinstance(key, str) for key in record):
         raise ValueError(f"expected a msgpack map with string keys, got {type(record).__name__}")
     return record
@@ -139,7 +139,7 @@ def unpack_npz(source: bytes | str | Path, skip_objects: bool = False) -> dict[s
     except FileNotFoundError:
         raise
     except NPZ_ERRORS as error:
-        raise ValueError(f"damaged npz archive ({error or type(error).__name__})") from error
+        raise ValueError(f"damaged npz archive ({str(error) or type(error).__name__})") from error
     return arrays
 
 
@@ -158,7 +158,7 @@ def unpack_text(data: bytes) -> dict[str, Any]:
     try:
         content = frame.decompress(data, max_length=TEXT_LIMIT)
     except (RuntimeError, MemoryError) as error:
-        raise ValueError(f"damaged LZ4 frame ({error})") from error
+        raise ValueError(f"damaged LZ4 frame, or no memory for it ({str(error) or type(error).__name__})") from error
     if not frame.eof:
         raise ValueError("damaged LZ4 frame (it does not end)")
     return unpack_arrays(content)

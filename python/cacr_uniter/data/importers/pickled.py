@@ -185,5 +185,5 @@ def read_pickled_data(data: bytes) -> Any:
                 return _finished(result)
             machine.step(opcode.name, argument)
     except (KeyError, IndexError, TypeError, AttributeError, UnicodeError, RecursionError) as error:
-        raise ValueError(f"damaged pickle ({error or type(error).__name__})") from error
+        raise ValueError(f"damaged pickle ({str(error) or type(error).__name__})") from error
     raise ValueError("damaged pickle (it has no end)")
