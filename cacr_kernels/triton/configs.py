@@ -23,6 +23,10 @@ class Launch:
     num_stages: int = 1
 
 
+#: the kernels that compute tiles of X
+FORMS_X = ("forward_small", "rows", "cross", "own", "forward_large", "large_g")
+
+
 def launch(i: int = 0, j: int = 0, c: int = 0, k: int = 0, warps: int = 4, stages: int = 1) -> Launch:
     sizes = {"BLOCK_I": i, "BLOCK_J": j, "BLOCK_C": c, "BLOCK_K": k}
     return Launch({name: size for name, size in sizes.items() if size}, warps, stages)

@@ -111,7 +111,7 @@ def _rule(kernel: str, arch: int, dtype: torch.dtype, d: int) -> Launch:
     if kernel == "wide":
         return Launch(32, 32, 4, 1)
     if kernel == "gram":
-        return Launch(64, 32, 4, 2)
+        return Launch(64, 16 if dtype == torch.float32 else 32, 4, 2)
     if kernel in ("mix", "tokens"):
         return Launch(32, 32, 8 if d > 128 else 4, 2)
     column = 9 if 90 <= arch < 120 else 8  # sm_120 has the shared memory of sm_86

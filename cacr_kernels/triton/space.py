@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from .configs import SHARED_LIMIT, Key, Launch, family, plan
+from .configs import FORMS_X, SHARED_LIMIT, Key, Launch, family, plan
 from .qk_launch import QK_BLOCKS
 from .qk_launch import launch as qk_launch
 from .table import SIZES
@@ -49,8 +49,24 @@ def _beside(value: int, options: tuple[int, ...]) -> list[int]:
     return smaller[-1:] + larger[:1]
 
 
+def forms_x_alike(key: Key, launch: Launch, arch: int) -> bool:
+    """Whether X comes out bit for bit as with the built-in launch, and so as in the kernels of the other pass.
+
+    Rows near one-hot amplify any difference: the chunks of K stay, and on Hopper and Blackwell the kind of instruction.
+    """
+    known = builtin(key, arch).blocks
+    if key.variant == "scores":
+        axis = "BLOCK_I" if key.kernel in FORMS_X else None
+    else:
+        axis = {"forward": "BLOCK_M", "rows": "BLOCK_M", "columns": "BLOCK_N"}.get(key.kernel)
+    if axis is None:
+        return True
+    same = family(arch) < 90 or (launch.blocks[axis] >= 64) == (known[axis] >= 64)
+    return same and launch.blocks.get("BLOCK_K") == known.get("BLOCK_K")
+
+
 def possible(key: Key, launch: Launch, arch: int) -> bool:
-    """False for launches that surely need more shared memory or registers than there are, or leave threads idle.
+    """False for launches that change X, surely need more shared memory or registers than there are, or idle threads.
 
     A dot of [M, K] with [K, N] keeps its factors in shared memory, once a pipeline stage, and [M, N] in registers.
     """
@@ -62,7 +78,8 @@ def possible(key: Key, launch: Launch, arch: int) -> bool:
     threads, numbers = 32 * launch.num_warps, second * largest
     unrolled = key.variant == "scores" and plan(arch, key.dtype).dot == "ieee"
     return (
-        shared <= SHARED_LIMIT[family(arch)]
+        forms_x_alike(key, launch, arch)
+        and shared <= SHARED_LIMIT[family(arch)]
         and threads <= numbers <= MOST_NUMBERS * threads
         and not (unrolled and numbers * inner > MOST_UNROLLED * threads)
     )

@@ -215,13 +215,24 @@ def test_candidates_are_one_step_away_and_fit():
     for one in found:
         steps = [a != b for a, b in zip(one.blocks.values(), start.blocks.values())]
         assert sum(steps) + (one.num_stages != start.num_stages) <= 1
-    wide = {"BLOCK_I": 128, "BLOCK_J": 128, "BLOCK_C": 128, "BLOCK_K": 64}
-    float32 = Key("scores", "rows", "float32")
+    wide = {"BLOCK_I": 128, "BLOCK_C": 128, "BLOCK_K": 64}
+    float32 = Key("scores", "large_v", "float32")
     assert not space.possible(float32, Launch(wide, 4, 1), 90)  # registers
     assert space.possible(float32, Launch(wide, 8, 2), 90)
     assert not space.possible(float32, Launch(wide, 8, 4), 86)  # shared memory
     assert not space.possible(float32, Launch(wide, 8, 1), 86)  # multiply-adds without tensor cores
-    assert not space.possible(ROWS, Launch(dict.fromkeys(wide, 16), 16, 1), 90)  # idle threads
+    assert not space.possible(float32, Launch(dict.fromkeys(wide, 16), 16, 1), 90)  # idle threads
+
+
+def test_no_candidate_changes_x():
+    for key, axis in ((ROWS, "BLOCK_I"), (FORWARD, "BLOCK_M")):
+        start = space.builtin(key, 90)
+        size = 32 if start.blocks[axis] >= 64 else 64
+        other = Launch(start.blocks | {axis: size}, start.num_warps, start.num_stages)
+        assert space.forms_x_alike(key, other, 86)
+        assert not space.forms_x_alike(key, other, 90)
+    deep = Launch(space.builtin(ROWS, 86).blocks | {"BLOCK_K": 64}, 4, 1)
+    assert not space.forms_x_alike(ROWS, deep, 86)
 
 
 def test_the_ahead_of_time_gate_takes_the_entries_of_a_file(file):
