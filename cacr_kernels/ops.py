@@ -11,6 +11,7 @@ Registered at import, before anything can be traced; define / impl / register_fa
 
 from __future__ import annotations
 
+import functools
 import importlib
 from typing import Any
 
@@ -31,6 +32,7 @@ for _variant in ("scores", "qk"):
     _library.define(f"{_variant}_backward(Tensor grad_loss, Tensor[] inputs, Tensor[] saved, {_PROBLEM}) -> Tensor[]")
 
 
+@functools.cache
 def _backend(name: str) -> Any:
     """The object with scores_forward, scores_backward, qk_forward and qk_backward."""
     if name == "triton":

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -335,6 +338,28 @@ def test_saved_gradients_and_recomputed_ones_agree(dtype: torch.dtype) -> None:
     (scaled,) = native.cpu.scores_backward(grad_loss, [attn], saved, joint(7, 33), Options())
     (recomputed,) = native.cpu.scores_backward(grad_loss, [attn], [], joint(7, 33), Options())
     assert torch.equal(scaled, recomputed)
+
+
+PEAK = """
+import sys, torch
+from cacr_kernels import fused_cacr, native
+from cacr_uniter.benchmark.timing import PeakMemory
+native.cpu.instruction_set = sys.argv[1]
+torch.set_num_threads(2)
+attn = torch.full((32, 12, 160, 160), 0.1).requires_grad_()
+fused_cacr(attn[:1, :2], 60, backend="cpu").backward()
+attn.grad = None
+with PeakMemory("cpu") as peak:
+    fused_cacr(attn, 60, backend="cpu").backward()
+print(peak.extra, attn.nbytes)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of a process is read from /proc")
+def test_a_training_step_holds_the_gradient_and_a_tile_a_thread(instruction_set: str) -> None:
+    command = [sys.executable, "-c", PEAK, instruction_set]
+    peak, gradient = map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    assert gradient - (4 << 20) < peak < gradient + (4 << 20), f"{peak} bytes at the peak, gradient {gradient}"
 
 
 def test_empty_batch() -> None:
