@@ -23,12 +23,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .backward import backward_cross_kernel, backward_own_kernel, backward_rows_kernel
-from .backward_large import large_cross_kernel, large_g_kernel, large_v_kernel
+from .backward_large import large_cross_kernel, large_g_kernel, large_own_kernel, large_v_kernel
 from .common import Block, Scaling, SpanArgs, Work
-from .configs import ARCHITECTURES, DTYPES, MEASURED, SHARED_LIMIT, Key, Launch, family, plan
-from .forward import forward_kernel
+from .configs import ARCHITECTURES, BUCKETS, DTYPES, MEASURED, SHARED_LIMIT, Key, Launch, family, plan
+from .forward import large_forward_kernel
 from .products import numbers_kernel, project_kernel
+from .small import small_cross_kernel, small_forward_kernel, small_own_kernel, small_rows_kernel
 from .table import read
 
 SPILL_LIMIT = 64
@@ -36,17 +36,21 @@ KINDS = ("scores", "softmax", "probs")
 TRITON_DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "forward_small": (forward_kernel, {"FUSED": True, "SAVE": True}),
-    "rows": (backward_rows_kernel, {"GRAD_X": True}),
-    "cross": (backward_cross_kernel, {}),
-    "own": (backward_own_kernel, {"GRAD_X": True, "GRAD_Y": True}),
     "numbers": (numbers_kernel, {}),
     "project": (project_kernel, {}),
-    "forward_large": (forward_kernel, {"FUSED": False, "SAVE": True}),
+    "large_forward": (large_forward_kernel, {"SAVE": True}),
     "large_g": (large_g_kernel, {}),
     "large_v": (large_v_kernel, {}),
     "large_cross": (large_cross_kernel, {}),
+    "large_own": (large_own_kernel, {"GRAD_X": True, "GRAD_Y": True}),
 }
+for bucket in BUCKETS:
+    KERNELS |= {
+        f"forward_{bucket}": (small_forward_kernel, {"SAVE": True, "BLOCK_J": bucket}),
+        f"rows_{bucket}": (small_rows_kernel, {"GRAD_X": True, "GRAD_Y": True, "BLOCK_J": bucket}),
+        f"cross_{bucket}": (small_cross_kernel, {"BLOCK_J": bucket}),
+        f"own_{bucket}": (small_own_kernel, {"GRAD_Y": True, "BLOCK_J": bucket}),
+    }
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,7 @@ def argument_type(name: str, dtype: str) -> Any:
     if name == "scaling":
         return Scaling("fp32", *["i32"] * 4)
     if name == "work":
-        return Work("*fp32", *["i32"] * 8)
+        return Work("*fp32", *["i32"] * 9)
     if name in ("loss", "stats", "grad_loss"):
         return "*fp32"
     return f"*{dtype}" if name.startswith("grad_") else "i32"
@@ -167,17 +171,21 @@ def table_cases(file: Path, kinds: list[str]) -> Iterator[Case]:
 
 #: one case of every kernel that covers every architecture, dtype and kind
 QUICK = (
-    Case("forward_small", 86, "float32", "scores"),
-    Case("forward_small", 90, "bfloat16", "softmax"),
-    Case("rows", 80, "float32", "probs"),
-    Case("cross", 90, "float32", "scores"),
-    Case("own", 89, "float16", "softmax"),
+    Case("forward_128", 86, "float32", "scores"),
+    Case("forward_64", 90, "bfloat16", "softmax"),
+    Case("rows_128", 80, "float32", "probs"),
+    Case("rows_64", 100, "float16", "scores"),
+    Case("cross_128", 90, "float32", "scores"),
+    Case("cross_64", 86, "bfloat16", "softmax"),
+    Case("own_128", 89, "float16", "softmax"),
+    Case("own_64", 80, "float32", "scores"),
     Case("numbers", 100, "bfloat16", "softmax"),
     Case("project", 90, "bfloat16", "scores", unit=False),
-    Case("forward_large", 100, "float16", "probs"),
+    Case("large_forward", 100, "float16", "probs"),
     Case("large_g", 90, "float32", "scores"),
     Case("large_v", 100, "float32", "scores"),
     Case("large_cross", 86, "bfloat16", "scores"),
+    Case("large_own", 90, "float32", "scores"),
 )
 
 

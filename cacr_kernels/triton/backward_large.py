@@ -1,25 +1,27 @@
 """Backward for large spans, one side at a time: G [n_a, n_a] is kept in the workspace, then two products a launch.
 
-With G = scale dX:  V = G F,  dF = V S_bb^T + G^T U,  dS_ab = dF  (F = S_ab, U = F S_bb; softmax: see backward.py).
-The own blocks are left to backward_own_kernel. Order and workspace: see scores.py.
+With G = scale dX:  V = G F,  dF = V S_bb^T + G^T U,  dS_ab = dF  (F = S_ab, U = F S_bb; softmax: F = P_ab,
+U = P_ab P_bb, dS = P (dP - rowsum(P dP)) in each block, where rowsum_j(P_ab dF) = sum_k V[j, k] U[j, k] +
+sum_i G[i, j] (U F^T)[i, j]).
+large_own_kernel recomputes X for dY. Order and workspace: see scores.py.
 """
 
 # mypy: allow-untyped-defs
-# ruff: noqa: RUF059
+# ruff: noqa: RUF059, SIM102
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .backward import UNSPECIALIZED
 from .common import (
-    Matrix,
+    UNSPECIALIZED,
     dot,
     inside_tile,
     load_factor,
     load_grad_loss,
     load_tile,
+    open_g,
     open_gradient,
     open_side,
     open_u,
@@ -27,15 +29,7 @@ from .common import (
     store_tile,
 )
 from .products import projected_tile
-from .rows import load_rows, rows_gradient, side_scale, target_logits
-
-
-@triton.jit
-def open_g(work, side, i_problem):
-    """G [n_a, n_a] of the side at work."""
-    p = work.p + i_problem.to(tl.int64) * work.s_problem.to(tl.int64) + work.g.to(tl.int64)
-    s_r = tl.where(side.is_text, work.n_text, work.n_vision).to(tl.int64)
-    return Matrix(p, s_r, 1, side.n_a, side.n_a, p, 0)
+from .rows import load_rows, rows_gradient, side_scale, target_gradient, target_logits
 
 
 @triton.jit(do_not_specialize=[*UNSPECIALIZED, "is_text", "n_tiles_j", "n_tiles"])
@@ -180,3 +174,86 @@ def large_cross_kernel(
             c = (i_tile % n_tiles_c) * BLOCK_C
             b_df = cross_tile(side, m_g, m_u, m_v, j, c, KIND, DOT, UNIT, BLOCK_J, BLOCK_C, BLOCK_K)
             store_tile(m_d, b_df, j, c, BLOCK_J, BLOCK_C)
+
+
+@triton.jit
+def inner_tile(
+    back, m_v, i, j, KIND: tl.constexpr, DOT: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """F_b^T V_b: [I, J] = sum of [I, K] [K, J] over n_b, the gradient of S_aa as inner block of side b (``back``)."""
+    b_ds = tl.zeros([BLOCK_I, BLOCK_J], tl.float32)
+    for k in range(0, back.n_a, BLOCK_K):
+        b_f = load_factor(back.cross, k, i, BLOCK_K, BLOCK_I, KIND, UNIT, DOT)
+        b_ds = dot(tl.trans(b_f), load_tile(m_v, k, j, BLOCK_K, BLOCK_J, True, DOT), b_ds, DOT)
+    return b_ds
+
+
+@triton.jit(do_not_specialize=[*UNSPECIALIZED, "grad_tt", "grad_vv", "first", "n_tiles"])
+def large_own_kernel(
+    tt,  # Block: S_tt [B, H, T, T]
+    tv,  # Block: S_tv [B, H, T, R]
+    vt,  # Block: S_vt [B, H, R, T]
+    vv,  # Block: S_vv [B, H, R, R]
+    spans,  # SpanArgs
+    scaling,  # Scaling
+    grad_loss,  # [B, H]
+    s_g_b,
+    s_g_h,
+    stats,  # float32 [B * H, 8, T + R]
+    work,  # Work
+    n_heads,
+    grad_tt,  # contiguous, shape and dtype of the input
+    grad_vv,  # contiguous, shape and dtype of the input
+    first,  # this launch does the row tiles first ... first + n_tiles - 1 of a problem, text before vision
+    n_tiles,
+    KIND: tl.constexpr,
+    DOT: tl.constexpr,
+    UNIT: tl.constexpr,
+    GRAD_X: tl.constexpr,
+    GRAD_Y: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """dS_aa = dY + dS'_aa for one tile I of rows: the target of side a, and the inner block of side b.
+
+    dS'_aa = F_b^T V_b, with F_b = S_ba [n_b, n_a] and V_b [n_b, n_a] of the other side. One rounding after the sum.
+    """
+    n_text_tiles = tl.cdiv(spans.n_text, BLOCK_I)
+    i_problem = tl.program_id(0) // n_tiles
+    i_tile = first + tl.program_id(0) % n_tiles
+    is_text = i_tile < n_text_tiles
+    side = open_side(tt, tv, vt, vv, spans, stats, i_problem, n_heads, is_text)
+    back = open_side(tt, tv, vt, vv, spans, stats, i_problem, n_heads, is_text == 0)
+    scale, weight, active = side_scale(scaling, side)
+    back_scale, back_weight, back_active = side_scale(scaling, back)
+    i = tl.where(is_text, i_tile, i_tile - n_text_tiles) * BLOCK_I
+    if i < side.n_a:
+        g = load_grad_loss(grad_loss, s_g_b, s_g_h, i_problem, n_heads) * weight
+        rows = load_rows(side, i, BLOCK_I)
+        m_u = open_u(work, side, i_problem)
+        m_v = open_v(work, back, i_problem)
+        grad = tl.where(is_text, grad_tt, grad_vv)
+        m_g = open_gradient(grad, spans, i_problem, n_heads, is_text, is_text, side.n_a, side.n_a)
+        b_sum = tl.zeros([BLOCK_I], tl.float32)
+        if GRAD_X and KIND == "softmax":
+            if back_active:
+                for j in range(0, side.n_a, BLOCK_J):
+                    b_ds = inner_tile(back, m_v, i, j, KIND, DOT, UNIT, BLOCK_I, BLOCK_J, BLOCK_K)
+                    b_sum += tl.sum(b_ds * load_factor(side.own, i, j, BLOCK_I, BLOCK_J, KIND, UNIT, DOT), 1)
+        for j in range(0, side.n_a, BLOCK_J):
+            b_ds = tl.zeros([BLOCK_I, BLOCK_J], tl.float32)
+            if GRAD_X:
+                if back_active:
+                    b_ds = inner_tile(back, m_v, i, j, KIND, DOT, UNIT, BLOCK_I, BLOCK_J, BLOCK_K)
+                    if KIND == "softmax":
+                        b_ds = load_factor(side.own, i, j, BLOCK_I, BLOCK_J, KIND, UNIT, DOT) * (b_ds - b_sum[:, None])
+            if GRAD_Y:
+                if active:
+                    b_x = projected_tile(side, m_u, i, j, KIND, DOT, UNIT, BLOCK_I, BLOCK_J, BLOCK_K) * scale
+                    b_s = load_tile(side.own, i, j, BLOCK_I, BLOCK_J, UNIT, DOT)
+                    inside = inside_tile(side.own, i, j, BLOCK_I, BLOCK_J)
+                    b_dx, b_dy = rows_gradient(b_x, target_logits(b_s, KIND), rows, inside)
+                    b_ds += target_gradient(b_dy * g, b_s, KIND)
+            store_tile(m_g, b_ds, i, j, BLOCK_I, BLOCK_J)

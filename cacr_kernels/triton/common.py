@@ -14,6 +14,9 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+#: arguments that must not compile a kernel anew when they happen to be 1 or a multiple of 16
+UNSPECIALIZED = ["tt", "tv", "vt", "vv", "spans", "scaling", "grad_loss", "s_g_b", "s_g_h", "stats", "work", "n_heads"]
+
 
 class Block(NamedTuple):
     """Kernel argument: one of the four blocks of attention, [B, H, rows, columns], strides in elements."""
@@ -54,7 +57,7 @@ class Scaling(NamedTuple):
 class Work(NamedTuple):
     """Kernel argument: the float32 workspace, its size per problem, the spans' bounds, and where its matrices begin.
 
-    u_* and v_*: U and V [n_a, n_b] of a side; g: G [n_a, n_a] of the side at work. Offsets in elements.
+    u_* and v_*: U and V [n_a, n_b] of a side; g_*: G [n_a, n_a]. Offsets in elements.
     """
 
     p: Any
@@ -65,7 +68,8 @@ class Work(NamedTuple):
     u_vision: Any
     v_text: Any
     v_vision: Any
-    g: Any
+    g_text: Any
+    g_vision: Any
 
 
 class Matrix(NamedTuple):
@@ -158,6 +162,16 @@ def open_side(tt, tv, vt, vv, spans, stats, i_problem, n_heads, is_text):
 
 
 @triton.jit
+def row_tile(spans, BLOCK_I: tl.constexpr):
+    """(problem, is_text, first row) of a program: the tiles of a problem's text rows, then of its vision rows."""
+    n_text_tiles = tl.cdiv(spans.n_text, BLOCK_I)
+    n_tiles = tl.maximum(n_text_tiles + tl.cdiv(spans.n_vision, BLOCK_I), 1)
+    i_tile = tl.program_id(0) % n_tiles
+    is_text = i_tile < n_text_tiles
+    return tl.program_id(0) // n_tiles, is_text, tl.where(is_text, i_tile, i_tile - n_text_tiles) * BLOCK_I
+
+
+@triton.jit
 def open_work(work, side, offset_text, offset_vision, i_problem):
     """A float32 matrix [n_a, n_b] of a side in the workspace, at the offset of its side."""
     p = work.p + i_problem.to(tl.int64) * work.s_problem.to(tl.int64)
@@ -174,6 +188,15 @@ def open_u(work, side, i_problem):
 @triton.jit
 def open_v(work, side, i_problem):
     return open_work(work, side, work.v_text, work.v_vision, i_problem)
+
+
+@triton.jit
+def open_g(work, side, i_problem):
+    """G [n_a, n_a] of a side in the workspace, float32."""
+    p = work.p + i_problem.to(tl.int64) * work.s_problem.to(tl.int64)
+    p += tl.where(side.is_text, work.g_text, work.g_vision).to(tl.int64)
+    s_r = tl.where(side.is_text, work.n_text, work.n_vision).to(tl.int64)
+    return Matrix(p, s_r, 1, side.n_a, side.n_a, p, 0)
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """Launch configurations by architecture, dtype and kernel: plain data, imports nothing.
 
-A kernel's name stands for its size bucket too: forward_small, rows and cross serve spans of at most SMALL tokens, the
-large_* kernels the others, own and numbers both. Every entry is compiled ahead of time by cacr_kernels.triton.aot.
+A kernel's name stands for its size bucket too: forward_64 serves spans of at most 64 tokens, forward_128 those of at
+most 128, the large_* kernels the others, numbers all. Every entry is compiled ahead of time by cacr_kernels.triton.aot.
 MEASURED holds the entries that a GPU chose, of the scores and of the query/key kernels (qk_launch has their rules).
 """
 
@@ -10,8 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-#: longest span served by the small path
-SMALL = 128
+#: longest spans of the small path's buckets, whose kernels hold rows of that length whole
+BUCKETS = (64, 128)
+SMALL = BUCKETS[-1]
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,10 @@ class Launch:
 
 
 #: the kernels that compute tiles of X
-FORMS_X = ("forward_small", "rows", "cross", "own", "forward_large", "large_g")
+FORMS_X = (
+    *(f"{name}_{bucket}" for bucket in BUCKETS for name in ("forward", "rows", "own")),
+    *("large_forward", "large_g", "large_own"),
+)
 
 
 def launch(i: int = 0, j: int = 0, c: int = 0, k: int = 0, warps: int = 4, stages: int = 1) -> Launch:
@@ -49,30 +53,32 @@ class Plan:
     kernels: dict[str, Launch] = field(default_factory=dict)
 
 
-def kernels(k: int, large: int, warps: int) -> dict[str, Launch]:
-    """Kernels that compare rows want 32 x 32 tiles (registers), plain products ``large`` ones; dots in chunks of k.
+def kernels(small: int, k: int, large: int, warps: int) -> dict[str, Launch]:
+    """Kernels that compare rows want few rows or 32 x 32 tiles (registers), plain products ``large`` ones.
 
-    All kernels that form X form it bit for bit alike, since rows near one-hot amplify a difference between forward and
-    backward: with the same k, and with fewer than 64 rows a tile, which keeps Hopper and Blackwell to one instruction.
+    Dots in chunks of ``small`` numbers where rows are held whole, elsewhere of ``k``. All kernels that form X form it
+    bit for bit alike, since rows near one-hot amplify a difference between forward and backward: with the same chunks,
+    and with fewer than 64 rows a tile, which keeps Hopper and Blackwell to one instruction.
     """
-    return {
-        "forward_small": launch(i=32, j=32, c=32, k=k),
-        "rows": launch(i=32, j=32, c=32, k=k),
-        "cross": launch(i=32, j=32, c=32, k=k, warps=8),
-        "own": launch(i=32, j=32, k=k),
+    found = {}
+    for bucket, threads in zip(BUCKETS, (4, 8)):
+        for name in ("forward", "rows", "cross", "own"):
+            found[f"{name}_{bucket}"] = launch(i=16, c=32, k=small, warps=threads)
+    return found | {
         "numbers": launch(i=16, j=128),
         "project": launch(i=large, c=large, k=k, warps=warps),
-        "forward_large": launch(i=32, j=32, c=32, k=k),
+        "large_forward": launch(i=32, j=32, k=k),
         "large_g": launch(i=32, j=large, k=k, warps=warps),
         "large_v": launch(i=large, c=large, k=k, warps=warps),
         "large_cross": launch(j=32, c=32, k=k),
+        "large_own": launch(i=32, j=32, k=k),
     }
 
 
 #: float32: multiply-adds where shared memory is scarce, three tf32 products elsewhere; 16-bit: bfloat16 products
-IEEE = Plan("ieee", kernels(16, 64, 8))
-TF32X3 = Plan("tf32x3", kernels(16, 64, 8))
-SPLIT = Plan("split", kernels(32, 64, 8))
+IEEE = Plan("ieee", kernels(16, 16, 64, 8))
+TF32X3 = Plan("tf32x3", kernels(32, 16, 64, 8))
+SPLIT = Plan("split", kernels(32, 32, 64, 8))
 
 DTYPES = ("float32", "float16", "bfloat16")
 ARCHITECTURES = (80, 86, 89, 90, 100)
@@ -85,7 +91,7 @@ TABLE: dict[int, dict[str, Plan]] = {
 }
 
 #: tile sizes of each kernel
-BLOCKS = {name: tuple(entry.blocks) for name, entry in kernels(16, 64, 8).items()}
+BLOCKS = {name: tuple(entry.blocks) for name, entry in kernels(16, 16, 64, 8).items()}
 
 #: entries in place of the rules, by architecture; `cacr bench tune --as-code` prints them with their measurements
 MEASURED: dict[int, dict[Key, Launch]] = {}
@@ -95,7 +101,7 @@ SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 2
 
 #: the interpreter: few large steps
 INTERPRETER = Plan(
-    "ieee", {name: Launch(dict.fromkeys(entry.blocks, 64)) for name, entry in kernels(64, 64, 4).items()}
+    "ieee", {name: Launch(dict.fromkeys(entry.blocks, 64)) for name, entry in kernels(64, 64, 64, 4).items()}
 )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..problem import Options, Spans, block_limits
 from .common import Block, Scaling, SpanArgs, Work
-from .configs import INTERPRETER, SMALL, Plan
+from .configs import BUCKETS, INTERPRETER, Plan
 from .products import project_kernel
 from .table import scores_plan
 
@@ -45,7 +45,9 @@ class Problem:
         self.count = first.shape[0] * first.shape[1]
         self.device = first.device
         self.plan: Plan = scores_plan(first.device, str(first.dtype).removeprefix("torch."), INTERPRETER)
-        self.small = max(self.n_text, self.n_vision) <= SMALL
+        longest = max(self.n_text, self.n_vision)
+        #: of the small path; None: spans are large
+        self.bucket = next((bucket for bucket in BUCKETS if longest <= bucket), None)
         self.kind = options.kind
         self.flags: dict[str, Any] = {"DOT": self.plan.dot, "UNIT": all(block.s_c == 1 for block in self.blocks)}
 
@@ -56,14 +58,15 @@ class Problem:
     def length(self, text: bool) -> int:
         return self.n_text if text else self.n_vision
 
-    def row_tiles(self, block: int) -> int:
-        """Row tiles of both sides of one problem."""
+    def row_tiles(self, name: str) -> int:
+        """Row tiles of both sides of one problem, for the kernel ``name``."""
+        block = self.block(name, "I")
         return tiles(self.n_text, block) + tiles(self.n_vision, block)
 
     def workspace(self, size: int, **offsets: int) -> Work:
         """``size`` float32 numbers a problem, and where U, V (by side) and G begin in them."""
         p = torch.empty(self.count * size, dtype=torch.float32, device=self.device)
-        names = ("u_text", "u_vision", "v_text", "v_vision", "g")
+        names = ("u_text", "u_vision", "v_text", "v_vision", "g_text", "g_vision")
         return Work(p, size, self.n_text, self.n_vision, *(offsets.get(name, 0) for name in names))
 
     def launch(self, kernel: Any, name: str, programs: int, *args: Any, **flags: Any) -> None:

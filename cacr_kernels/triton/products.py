@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import dot, load_factor, load_tile, open_side, open_u, store_tile
+from .common import dot, load_factor, load_tile, open_side, open_u, row_tile, store_tile
 
 
 @triton.jit
@@ -28,15 +28,20 @@ def project_tile(
 
 
 @triton.jit
-def project_rows(
-    side, m_u, i, KIND: tl.constexpr, DOT: tl.constexpr, UNIT: tl.constexpr,
-    BLOCK_I: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+def load_centred(
+    m, r_0, c_0, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    KIND: tl.constexpr, UNIT: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Write BLOCK_I whole rows of U from row i to the workspace; every thread of the program sees them afterwards."""
-    for c in range(0, side.n_b, BLOCK_C):
-        b_u = project_tile(side, i, c, KIND, DOT, UNIT, BLOCK_I, BLOCK_C, BLOCK_K)
-        store_tile(m_u, b_u, i, c, BLOCK_I, BLOCK_C)
-    tl.debug_barrier()
+    """Tile of F - 1 f, with f the first row of F.
+
+    U F^T changes by a constant a row, which changes nothing; an offset that scores share is taken out, whose rounding
+    would grow with it. f = 0 for 16-bit factors, which go into their dots as they are ("split"), and for kind
+    "softmax", whose X is at most 1.
+    """
+    b = load_factor(m, r_0, c_0, BLOCK_R, BLOCK_C, KIND, UNIT, DOT)
+    if KIND != "softmax" and DOT != "split":
+        b -= load_tile(m, 0, c_0, 1, BLOCK_C, UNIT, DOT)
+    return b
 
 
 @triton.jit
@@ -44,19 +49,11 @@ def projected_tile(
     side, m_u, i, j, KIND: tl.constexpr, DOT: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """X before its scale, up to a constant a row: U (F - 1 f)^T, [I, J] = sum of [I, K] [K, J] over n_b.
-
-    A constant added to a row of X changes nothing. f, the first row of F, takes an offset that scores share out of X,
-    whose rounding would grow with it. f = 0 for 16-bit factors, which go into their dots as they are ("split"), and for
-    kind "softmax", whose X is at most 1.
-    """
+    """X before its scale, up to a constant a row: U (F - 1 f)^T, [I, J] = sum of [I, K] [K, J] over n_b."""
     b_x = tl.zeros([BLOCK_I, BLOCK_J], tl.float32)
     for k in range(0, side.n_b, BLOCK_K):
         b_u = load_tile(m_u, i, k, BLOCK_I, BLOCK_K, True, DOT)
-        b_f = load_factor(side.cross, j, k, BLOCK_J, BLOCK_K, KIND, UNIT, DOT)
-        if KIND != "softmax" and DOT != "split":
-            b_f -= load_tile(side.cross, 0, k, 1, BLOCK_K, UNIT, DOT)
-        b_x = dot(b_u, tl.trans(b_f), b_x, DOT)
+        b_x = dot(b_u, tl.trans(load_centred(side.cross, j, k, BLOCK_J, BLOCK_K, KIND, UNIT, DOT)), b_x, DOT)
     return b_x
 
 
@@ -78,20 +75,6 @@ def row_softmax_numbers(
     tl.store(m.p_n + m.s_n + o_i, tl.where(o_i < m.n_r, b_l, 0.0), mask=o_i < n_bound)
 
 
-@triton.jit
-def tile_softmax_numbers(
-    tt, tv, vt, vv, spans, stats, i_problem, n_heads, i_tile, n_text_tiles,
-    UNIT: tl.constexpr, DOT: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
-):  # fmt: skip
-    """The softmax numbers of one tile of rows, of its own and of its cross block."""
-    is_text = i_tile < n_text_tiles
-    side = open_side(tt, tv, vt, vv, spans, stats, i_problem, n_heads, is_text)
-    n_bound = tl.where(is_text, spans.n_text, spans.n_vision)
-    i = tl.where(is_text, i_tile, i_tile - n_text_tiles) * BLOCK_I
-    row_softmax_numbers(side.own, i, n_bound, UNIT, DOT, BLOCK_I, BLOCK_J)
-    row_softmax_numbers(side.cross, i, n_bound, UNIT, DOT, BLOCK_I, BLOCK_J)
-
-
 @triton.jit(do_not_specialize=["tt", "tv", "vt", "vv", "spans", "stats", "n_heads"])
 def numbers_kernel(
     tt,  # Block: S_tt [B, H, T, T]
@@ -106,14 +89,12 @@ def numbers_kernel(
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
-    """Kind "softmax", large spans: row maxima and sums of exp of all four blocks, one tile of rows a program."""
-    n_text_tiles = tl.cdiv(spans.n_text, BLOCK_I)
-    n_tiles = n_text_tiles + tl.cdiv(spans.n_vision, BLOCK_I)
-    i_problem = tl.program_id(0) // n_tiles
-    i_tile = tl.program_id(0) % n_tiles
-    tile_softmax_numbers(
-        tt, tv, vt, vv, spans, stats, i_problem, n_heads, i_tile, n_text_tiles, UNIT, DOT, BLOCK_I, BLOCK_J
-    )
+    """Kind "softmax": maxima and sums of exp of one tile of rows, of its own and of its cross block."""
+    i_problem, is_text, i = row_tile(spans, BLOCK_I)
+    side = open_side(tt, tv, vt, vv, spans, stats, i_problem, n_heads, is_text)
+    n_bound = tl.where(is_text, spans.n_text, spans.n_vision)
+    row_softmax_numbers(side.own, i, n_bound, UNIT, DOT, BLOCK_I, BLOCK_J)
+    row_softmax_numbers(side.cross, i, n_bound, UNIT, DOT, BLOCK_I, BLOCK_J)
 
 
 @triton.jit(

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..problem import ROW_NUMBERS, Options, Spans, new_gradients
-from .backward import backward_cross_kernel, backward_own_kernel, backward_rows_kernel
-from .backward_large import large_cross_kernel, large_g_kernel, large_v_kernel
+from .backward_large import large_cross_kernel, large_g_kernel, large_own_kernel, large_v_kernel
 from .common import Work
-from .forward import forward_kernel
+from .forward import large_forward_kernel
 from .host import Problem, tiles
 from .products import numbers_kernel
+from .small import small_cross_kernel, small_forward_kernel, small_own_kernel, small_rows_kernel
 
 
 def scores_forward(
@@ -19,7 +21,7 @@ def scores_forward(
 ) -> tuple[Tensor, list[Tensor]]:
     """Loss [B, H] in float32, and [row numbers [B, H, 8, n_text + n_vision]] when a gradient is needed.
 
-    Small spans: one launch. Large ones: U of each side, then the comparison (kind "softmax": row numbers first).
+    Small spans: one launch. Large ones: U of each side, then the comparison. Kind "softmax": row numbers first.
     """
     problem = Problem(inputs, spans, options)
     shape = inputs[0].shape[:2]
@@ -28,26 +30,27 @@ def scores_forward(
         *shape, ROW_NUMBERS, spans.n_text + spans.n_vision if softmax or needs_grad else 0,
         dtype=torch.float32, device=problem.device,
     )  # fmt: skip
-    size = spans.n_text * spans.n_vision
-    work = problem.workspace(2 * size, u_vision=size)
-    name = "forward_small" if problem.small else "forward_large"
-    row_tiles = problem.row_tiles(problem.block(name, "I"))
-    parts = 1 if problem.small else max(row_tiles, 1)
-    loss = torch.empty(*shape, parts, dtype=torch.float32, device=problem.device)
-    if problem.count:
-        if not problem.small and not problem.empty:
-            if softmax:
-                programs = problem.row_tiles(problem.block("numbers", "I"))
-                problem.launch(numbers_kernel, "numbers", programs, stats, problem.n_heads)
-            for text in (True, False):
-                if options.text if text else options.vision:
-                    problem.project(work, stats, text)
+    if softmax and not problem.empty:
+        problem.launch(numbers_kernel, "numbers", problem.row_tiles("numbers"), stats, problem.n_heads)
+    name = "large_forward" if problem.bucket is None else f"forward_{problem.bucket}"
+    programs = max(problem.row_tiles(name), 1)
+    loss = torch.empty(*shape, programs, dtype=torch.float32, device=problem.device)
+    flags = {"KIND": options.kind, "SAVE": needs_grad}
+    if problem.count and problem.bucket is not None:
         problem.launch(
-            forward_kernel, name, parts, problem.scaling, loss, stats, work, problem.n_heads, parts,
-            KIND=options.kind, FUSED=problem.small, SAVE=needs_grad,
+            small_forward_kernel, name, programs, problem.scaling, loss, stats, problem.n_heads,
+            BLOCK_J=problem.bucket, **flags,
         )  # fmt: skip
-    loss = loss.squeeze(-1) if parts == 1 else loss.sum(-1)
-    return loss, [stats] if needs_grad else []
+    elif problem.count:
+        size = spans.n_text * spans.n_vision
+        work = problem.workspace(2 * size, u_vision=size)
+        for text in (True, False):
+            if (options.text if text else options.vision) and size:
+                problem.project(work, stats, text)
+        problem.launch(
+            large_forward_kernel, name, programs, problem.scaling, loss, stats, work, problem.n_heads, **flags
+        )
+    return loss.sum(-1), [stats] if needs_grad else []
 
 
 class Backward:
@@ -64,33 +67,27 @@ class Backward:
         self.grad_y = options.stop_gradient != "target"
         self.active = {True: options.text, False: options.vision}
 
-    def own(self, work: Work, *sides: bool) -> None:
-        """dS_aa of the sides given, in one launch."""
-        problem = self.problem
-        block = problem.block("own", "I")
-        n_text = tiles(problem.n_text, block)
-        first = 0 if sides[0] else n_text
-        programs = sum(n_text if text else tiles(problem.n_vision, block) for text in sides)
-        problem.launch(
-            backward_own_kernel, "own", programs, *self.shared, work, problem.n_heads, self.tt, self.vv,
-            first, programs, KIND=problem.kind, GRAD_X=self.grad_x, GRAD_Y=self.grad_y,
-        )  # fmt: skip
-
     def small(self) -> None:
-        """Workspace U, V of both sides: 4 T R <= (T + R)^2."""
+        """Workspace G, V of both sides: T^2 + R^2 + 2 T R = (T + R)^2, one float32 S."""
         problem = self.problem
-        size = problem.n_text * problem.n_vision
-        work = problem.workspace(4 * size, u_vision=size, v_text=2 * size, v_vision=3 * size)
-        problem.launch(
-            backward_rows_kernel, "rows", problem.row_tiles(problem.block("rows", "I")), *self.shared, work,
-            problem.n_heads, KIND=problem.kind, GRAD_X=self.grad_x,
-        )  # fmt: skip
+        t, r = problem.n_text, problem.n_vision
+        places = {"g_vision": t * t, "v_text": t * t + r * r, "v_vision": t * t + r * r + t * r}
+        work = problem.workspace((t + r) ** 2 if self.grad_x else 0, **places)
+        flags = {"KIND": problem.kind, "BLOCK_J": problem.bucket}
+        own, cross = (self.tt, self.vv), (self.tv, self.vt)
+
+        def launch(kernel: Any, name: str, *args: Any, **more: Any) -> None:
+            name = f"{name}_{problem.bucket}"
+            problem.launch(kernel, name, problem.row_tiles(name), *args, **flags, **more)
+
+        # a dY left in a 16-bit gradient would be rounded twice
+        early = self.grad_y and (not self.grad_x or self.tt.dtype == torch.float32)
+        rows = {"GRAD_X": self.grad_x, "GRAD_Y": early}
+        launch(small_rows_kernel, "rows", *self.shared, work, problem.n_heads, *own, **rows)
         if self.grad_x:
-            problem.launch(
-                backward_cross_kernel, "cross", problem.row_tiles(problem.block("cross", "J")), *self.shared, work,
-                problem.n_heads, self.tv, self.vt, KIND=problem.kind,
-            )  # fmt: skip
-        self.own(work, True, False)
+            launch(small_cross_kernel, "cross", problem.scaling, self.stats, work, problem.n_heads, *cross)
+            late = self.grad_y and not early
+            launch(small_own_kernel, "own", *self.shared, work, problem.n_heads, *own, GRAD_Y=late)
 
     def large(self) -> None:
         """The longer side goes first, so that its G can make room for the shorter side's U.
@@ -110,13 +107,15 @@ class Backward:
             self.own(work, True, False)
             return
         longest = problem.length(first) ** 2
-        places = {"u_text": 0, "u_vision": 2 * size, "v_text": size, "v_vision": size, "g": 2 * size}
+        places = {"u_text": 0, "u_vision": 2 * size, "v_text": size, "v_vision": size}
+        places |= {"g_text": 2 * size, "g_vision": 2 * size + longest}
         if not first:
-            places["u_text"], places["u_vision"] = places["u_vision"], places["u_text"]
+            for name in ("u", "g"):
+                one, other = f"{name}_text", f"{name}_vision"
+                places[one], places[other] = places[other], places[one]
         work = problem.workspace(2 * size + longest + problem.length(not first) ** 2, **places)
         if self.active[first]:
             self.cross(work, first)
-        work = work._replace(g=2 * size + longest)
         if self.active[not first]:
             problem.project(work, self.stats, not first)
             self.g(work, not first)
@@ -125,6 +124,18 @@ class Backward:
             self.v(work, not first)
             self.df(work, not first)
         self.own(work, first)
+
+    def own(self, work: Work, *sides: bool) -> None:
+        """dS_aa of the sides given, in one launch."""
+        problem = self.problem
+        block = problem.block("large_own", "I")
+        n_text = tiles(problem.n_text, block)
+        first = 0 if sides[0] else n_text
+        programs = sum(n_text if text else tiles(problem.n_vision, block) for text in sides)
+        problem.launch(
+            large_own_kernel, "large_own", programs, *self.shared, work, problem.n_heads, self.tt, self.vv,
+            first, programs, KIND=problem.kind, GRAD_X=self.grad_x, GRAD_Y=self.grad_y,
+        )  # fmt: skip
 
     def cross(self, work: Work, text: bool) -> None:
         """U, G and V of one side into the workspace, and its dS_ab."""
@@ -167,11 +178,11 @@ def scores_backward(
 ) -> list[Tensor]:
     """d sum(grad_loss loss) / d input: contiguous, in the inputs' dtype, exactly 0 outside the spans.
 
-    Small spans: three launches. Large ones: at most ten, one side after the other.
+    Small spans: three launches, or one for stop_gradient "projection". Large ones: at most ten, side after side.
     """
     problem = Problem(inputs, spans, options)
     grads = new_gradients(inputs, spans)
     if not problem.empty:
         backward = Backward(grad_loss, saved[0], problem, options, grads)
-        backward.small() if problem.small else backward.large()
+        backward.large() if problem.bucket is None else backward.small()
     return grads

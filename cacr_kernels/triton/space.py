@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from .configs import FORMS_X, SHARED_LIMIT, Key, Launch, family, plan
+from .configs import BUCKETS, FORMS_X, SHARED_LIMIT, Key, Launch, family, plan
 from .qk_launch import QK_BLOCKS
 from .qk_launch import launch as qk_launch
 from .table import SIZES
@@ -52,7 +52,7 @@ def _beside(value: int, options: tuple[int, ...]) -> list[int]:
 def forms_x_alike(key: Key, launch: Launch, arch: int) -> bool:
     """Whether X comes out bit for bit as with the built-in launch, and so as in the kernels of the other pass.
 
-    Rows near one-hot amplify any difference: the chunks of K stay, and on Hopper and Blackwell the kind of instruction.
+    Rows near one-hot amplify any difference: the chunks of K and C stay, on Hopper and Blackwell the instruction too.
     """
     known = builtin(key, arch).blocks
     if key.variant == "scores":
@@ -62,7 +62,13 @@ def forms_x_alike(key: Key, launch: Launch, arch: int) -> bool:
     if axis is None:
         return True
     same = family(arch) < 90 or (launch.blocks[axis] >= 64) == (known[axis] >= 64)
-    return same and launch.blocks.get("BLOCK_K") == known.get("BLOCK_K")
+    return same and all(launch.blocks.get(chunk) == known.get(chunk) for chunk in ("BLOCK_K", "BLOCK_C"))
+
+
+def row_length(key: Key) -> dict[str, int]:
+    """The tile side that a kernel of a size bucket has from its bucket."""
+    ends = [bucket for bucket in BUCKETS if key.variant == "scores" and key.kernel.endswith(f"_{bucket}")]
+    return {"BLOCK_J": ends[0]} if ends else {}
 
 
 def possible(key: Key, launch: Launch, arch: int) -> bool:
@@ -70,7 +76,7 @@ def possible(key: Key, launch: Launch, arch: int) -> bool:
 
     A dot of [M, K] with [K, N] keeps its factors in shared memory, once a pipeline stage, and [M, N] in registers.
     """
-    sizes = dict(launch.blocks)
+    sizes = dict(launch.blocks) | row_length(key)
     inner = sizes.pop("BLOCK_K", None) or key.head_size or min(sizes.values())
     smallest, *_, second, largest = sorted([min(sizes.values()), *sizes.values()])
     itemsize = 4 if key.dtype == "float32" else 2

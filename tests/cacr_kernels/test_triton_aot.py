@@ -62,13 +62,15 @@ def test_kernels_that_form_x_form_it_alike():
     for arch in ARCHITECTURES:
         for dtype in DTYPES:
             entries = plan(arch, dtype).kernels
-            blocks = [entries[name].blocks for name in FORMS_X]
-            assert len({block["BLOCK_K"] for block in blocks}) == 1
-            assert max(block["BLOCK_I"] for block in blocks) < 64
+            for path in ("_64", "_128", "large_"):
+                blocks = [entries[name].blocks for name in FORMS_X if path in name]
+                assert len(blocks) == 3
+                assert len({(block["BLOCK_K"], block.get("BLOCK_C")) for block in blocks}) == 1
+                assert max(block["BLOCK_I"] for block in blocks) < 64
 
 
 def test_the_gate_finds_faults():
-    case = aot.Case("own", 86, "float32", "scores")
+    case = aot.Case("own_128", 86, "float32", "scores")
     assert aot.Report(255, 64, 99 << 10, frozenset()).faults(case) == []
     assert "spills" in aot.Report(255, 65, 0, frozenset()).faults(case)[0]
     assert "shared memory" in aot.Report(255, 0, (99 << 10) + 1, frozenset()).faults(case)[0]

@@ -24,7 +24,7 @@ from cacr_uniter.errors import UserError
 
 SHAPE = Shape("small", 1, 1, 3, 5, 16)
 FORWARD, BACKWARD = (Call(SHAPE, "bfloat16", "scores", "scores", direction) for direction in ("forward", "backward"))
-ROWS, FIRST = Key("scores", "rows", "bfloat16"), Key("scores", "forward_small", "bfloat16")
+TUNED, FIRST = Key("scores", "large_v", "bfloat16"), Key("scores", "forward_128", "bfloat16")
 ORIGIN = {"device": "NVIDIA A", "torch": "2.13.0"}
 
 
@@ -37,16 +37,16 @@ class Formula:
         self.measured = []
 
     def uses(self, call):
-        return {FIRST if call.direction == "forward" else ROWS}
+        return {FIRST if call.direction == "forward" else TUNED}
 
     def measure(self, call, launches):
         self.measured.append((call, dict(launches)))
         if any(launch.num_stages == 2 for launch in launches.values()):
             return "wrong: relative error 1.0e+00 of the loss"
-        if ROWS not in launches or call.direction == "forward":
+        if TUNED not in launches or call.direction == "forward":
             return 10.0 if not launches else 10.5
-        launch = launches[ROWS]
-        off = [launch.blocks["BLOCK_I"] != 64, launch.blocks["BLOCK_J"] != 64, launch.num_warps != 8]
+        launch = launches[TUNED]
+        off = [launch.blocks["BLOCK_I"] != 64, launch.blocks["BLOCK_C"] != 64, launch.num_warps != 8]
         return 4.0 + sum(off)
 
 
@@ -70,14 +70,14 @@ def test_the_search_walks_to_the_fastest_right_launch():
     said = []
     outcome = search(Formula(), said=said).run([FORWARD, BACKWARD])
     (choice,) = outcome.choices
-    assert choice.key == ROWS
-    assert (choice.launch.blocks["BLOCK_I"], choice.launch.blocks["BLOCK_J"], choice.launch.num_warps) == (64, 64, 8)
+    assert choice.key == TUNED
+    assert (choice.launch.blocks["BLOCK_I"], choice.launch.blocks["BLOCK_C"], choice.launch.num_warps) == (64, 64, 8)
     assert (choice.ms, choice.builtin_ms) == (pytest.approx(4.0), pytest.approx(10.0))
     assert outcome.complete
-    assert outcome.tuned == {ROWS, FIRST}
+    assert outcome.tuned == {TUNED, FIRST}
     assert outcome.refused
     assert all(launch.num_stages == 2 for _, launch, _ in outcome.refused)
-    assert any(line == "scores forward_small bfloat16: built-in" for line in said)
+    assert any(line == "scores forward_128 bfloat16: built-in" for line in said)
     assert any("0.400 of built-in" in line for line in said)
 
 
@@ -147,9 +147,9 @@ def test_an_interrupted_candidate_is_tried_again(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        journal.outcome(ROWS, Launch({}), BACKWARD, interrupted)
+        journal.outcome(TUNED, Launch({}), BACKWARD, interrupted)
     again = Journal(tmp_path / "measured.jsonl", ORIGIN)
-    assert again.outcome(ROWS, Launch({}), BACKWARD, lambda: 2.5) == 2.5
+    assert again.outcome(TUNED, Launch({}), BACKWARD, lambda: 2.5) == 2.5
     assert Journal(tmp_path / "measured.jsonl", ORIGIN).found == again.found
 
 
@@ -158,12 +158,12 @@ def test_a_builtin_launch_that_fails_is_a_sentence():
         def measure(self, call, launches):
             return "wrong"
 
-    with pytest.raises(UserError, match="the built-in launch of rows cannot be timed"):
+    with pytest.raises(UserError, match="the built-in launch of large_v cannot be timed"):
         search(Broken()).run([BACKWARD])
 
 
 def test_choices_must_hold_together():
-    chosen = [Choice(ROWS, Launch({"BLOCK_I": 64, "BLOCK_J": 64}, 8, 1), 4.0, 10.0, (BACKWARD,))]
+    chosen = [Choice(TUNED, Launch({"BLOCK_I": 64, "BLOCK_C": 64}, 8, 1), 4.0, 10.0, (BACKWARD,))]
     assert confirmed(Formula(), chosen, lambda _: None) == chosen
     wrong = [replace(chosen[0], launch=Launch({}, 8, 2))]
     assert confirmed(Formula(), wrong, lambda _: None) == []
@@ -173,24 +173,26 @@ def test_choices_must_hold_together():
 
 def test_a_table_keeps_what_was_not_tuned():
     measured = table.Measured(1.0, 2.0, "", "2026-01-02", "2.13.0", "3.7.1")
-    old = [table.Entry(gpu, 90, key, Launch({}), measured) for gpu in ("A", "B") for key in (ROWS, FIRST)]
-    choice = Choice(ROWS, Launch({"BLOCK_I": 64}), 3.0, 4.0, (BACKWARD,))
+    old = [table.Entry(gpu, 90, key, Launch({}), measured) for gpu in ("A", "B") for key in (TUNED, FIRST)]
+    choice = Choice(TUNED, Launch({"BLOCK_I": 64}), 3.0, 4.0, (BACKWARD,))
     origin = {"date": "2026-03-04", "torch": "2.13.0", "triton": "3.7.1"}
-    found = updated(old, "A", 90, [choice], {ROWS, FIRST}, origin)
-    assert [(entry.gpu, entry.key) for entry in found] == [("B", ROWS), ("B", FIRST), ("A", ROWS)]
+    found = updated(old, "A", 90, [choice], {TUNED, FIRST}, origin)
+    assert [(entry.gpu, entry.key) for entry in found] == [("B", TUNED), ("B", FIRST), ("A", TUNED)]
     assert found[-1].measured.calls == "backward of scores scores small bfloat16"
     assert updated(old, "A", 90, [], set(), origin) == old
 
 
 def test_entries_are_printed_as_code_that_works():
-    launch = replace(space.builtin(ROWS, 90), num_warps=8)
+    launch = replace(space.builtin(TUNED, 90), num_warps=8)
     measured = table.Measured(0.123456, 0.2, ", ".join([str(BACKWARD)] * 5), "2026-01-02T03:04:05Z", "2.13.0", "3.7.1")
-    code = as_code([table.Entry("NVIDIA A", 90, ROWS, launch, measured), table.Entry("X", 86, FIRST, launch, measured)])
+    code = as_code(
+        [table.Entry("NVIDIA A", 90, TUNED, launch, measured), table.Entry("X", 86, FIRST, launch, measured)]
+    )
     assert max(map(len, code.splitlines())) <= 120
     assert "# NVIDIA A, 2026-01-02, torch 2.13.0, Triton 3.7.1: 0.1235 ms, rule 0.2 ms" in code
     made = {"Key": Key, "Launch": Launch}
     exec(code, made)
-    assert made["MEASURED"] == {86: {FIRST: launch}, 90: {ROWS: launch}}
+    assert made["MEASURED"] == {86: {FIRST: launch}, 90: {TUNED: launch}}
 
 
 def test_calls_are_the_combinations_that_exist():
@@ -217,7 +219,7 @@ def interpreted(monkeypatch):
     def timer(device):
         def times(prepare, seconds, graph):
             prepare()()
-            warps.append(table.scores_plan(torch.device("cpu"), "float32").kernels["rows"].num_warps)
+            warps.append(table.scores_plan(torch.device("cpu"), "float32").kernels["rows_64"].num_warps)
             return type("Times", (), {"p20_ms": float(warps[-1])})
 
         return times
@@ -232,15 +234,15 @@ def float32(direction, variant="scores"):
 
 def test_the_kernels_of_a_call_are_found(interpreted):
     names = {key.kernel for key in interpreted.uses(float32("backward"))}
-    assert names == {"rows", "cross", "own"}
-    assert {key.kernel for key in interpreted.uses(float32("forward"))} == {"forward_small"}
+    assert names == {"rows_64", "cross_64", "own_64"}
+    assert {key.kernel for key in interpreted.uses(float32("forward"))} == {"forward_64"}
     assert {key.kernel for key in interpreted.uses(float32("forward", "qk"))} >= {"gram", "forward"}
 
 
 def test_candidates_are_checked_before_they_are_timed(interpreted, monkeypatch):
     call = float32("backward")
-    rows = Key("scores", "rows", "float32")
-    good = Launch(dict.fromkeys(configs.BLOCKS["rows"], 32), 2, 1)
+    rows = Key("scores", "rows_64", "float32")
+    good = Launch(dict.fromkeys(configs.BLOCKS["rows_64"], 32), 2, 1)
     assert interpreted.measure(call, {rows: good}) == 2.0
 
     class Wrong(type(tune_run.prepared(call, "cpu"))):
@@ -248,7 +250,7 @@ def test_candidates_are_checked_before_they_are_timed(interpreted, monkeypatch):
 
         def both(self):
             out, (gradient,) = super().both()
-            one = table.scores_plan(torch.device("cpu"), "float32").kernels["rows"].num_warps == 1
+            one = table.scores_plan(torch.device("cpu"), "float32").kernels["rows_64"].num_warps == 1
             return out, (gradient * (1.0 + 1e-3 * one),)
 
     tune_run.prepared(call, "cpu").__class__ = Wrong
@@ -260,13 +262,13 @@ def test_candidates_are_checked_before_they_are_timed(interpreted, monkeypatch):
 
 def test_a_launch_that_cannot_run_is_refused_with_its_reason(interpreted, monkeypatch):
     def out_of_resources(self, calls):
-        if table.scores_plan(torch.device("cpu"), "float32").kernels["rows"].num_warps == 1:
+        if table.scores_plan(torch.device("cpu"), "float32").kernels["rows_64"].num_warps == 1:
             raise RuntimeError("out of resource: shared memory\nRequired: 1")
         return 0.0, 0.0
 
     monkeypatch.setattr(tune_run.Expected, "errors", out_of_resources)
-    launch = Launch(dict.fromkeys(configs.BLOCKS["rows"], 32), 1, 1)
-    refused = interpreted.measure(float32("backward"), {Key("scores", "rows", "float32"): launch})
+    launch = Launch(dict.fromkeys(configs.BLOCKS["rows_64"], 32), 1, 1)
+    refused = interpreted.measure(float32("backward"), {Key("scores", "rows_64", "float32"): launch})
     assert refused == "RuntimeError: out of resource: shared memory"
 
 

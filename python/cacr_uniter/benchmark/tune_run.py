@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cacr_kernels.testing import relative_error
 from cacr_kernels.triton import table
-from cacr_kernels.triton.configs import SMALL, Key, Launch
+from cacr_kernels.triton.configs import BUCKETS, SMALL, Key, Launch
 from cacr_uniter.benchmark.contenders import make, make_inputs
 from cacr_uniter.benchmark.machine import device_name, provenance
 from cacr_uniter.benchmark.measure import TOLERANCE, Calls, picked
@@ -84,7 +84,9 @@ class Kernels:
 
     def checked(self, call: Call) -> tuple[Call, Call]:
         """The call with odd sizes that take the same path, and itself."""
-        odd = (7, 33) if max(call.shape.n_text, call.shape.n_vision) <= SMALL else (SMALL + 3, 70)
+        longest = max(call.shape.n_text, call.shape.n_vision)
+        fewer = max(bucket for bucket in (0, *BUCKETS) if bucket < longest)
+        odd = (7, fewer + 33) if longest <= SMALL else (SMALL + 3, 70)
         return replace(call, shape=Shape("odd", 1, 2, *odd, call.shape.head_dim)), call
 
     def _limit(self, call: Call) -> tuple[Expected, tuple[float, ...]]:

@@ -1,0 +1,278 @@
+"""Small spans: every program holds whole rows of X, so nothing is recomputed inside a pass. One program a tile of rows.
+
+Forward: U_C = F S_bb[:, C], X += U_C F[:, C]^T over chunks C of n_b, then Y = S_aa beside it (kind "softmax": the
+numbers of all rows come first, by numbers_kernel). Backward in three launches, with G = scale dX and F = S_ab:
+    rows:   X again;  G and V = G F to the workspace, dY to the gradient of S_aa if that is float32
+    cross:  W_C = G^T F[:, C],  dF = sum over C of W_C S_bb[C, :] + V S_bb^T       (G^T U = G^T F S_bb)
+    own:    dS_aa = dY + F_b^T V_b, with F_b, V_b [n_b, n_a] of the other side (16-bit: X again, so that the sum is
+            rounded once)
+For kind "softmax" F = P_ab and dS = P (dP - rowsum(P dP)) in each block. Workspace: G and V, one float32 S.
+"""
+
+# mypy: allow-untyped-defs
+# ruff: noqa: RUF059
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .common import (
+    UNSPECIALIZED,
+    dot,
+    inside_tile,
+    load_factor,
+    load_grad_loss,
+    load_spans,
+    load_tile,
+    open_g,
+    open_gradient,
+    open_side,
+    open_v,
+    row_tile,
+    store_tile,
+)
+from .products import load_centred
+from .rows import LOW, load_rows, rows_gradient, side_scale, store_rows, target_gradient, target_logits
+
+
+@triton.jit
+def projected_rows(
+    side, i, KIND: tl.constexpr, DOT: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """X before its scale, up to a constant a row (products.load_centred): whole rows [I, J] with J >= n_a."""
+    b_x = tl.zeros([BLOCK_I, BLOCK_J], tl.float32)
+    for c in range(0, side.n_b, BLOCK_C):
+        b_u = tl.zeros([BLOCK_I, BLOCK_C], tl.float32)
+        for k in range(0, side.n_b, BLOCK_K):
+            # U += F S_bb: [I, C] += [I, K] [K, C]
+            b_f = load_factor(side.cross, i, k, BLOCK_I, BLOCK_K, KIND, UNIT, DOT)
+            b_u = dot(b_f, load_factor(side.other, k, c, BLOCK_K, BLOCK_C, KIND, UNIT, DOT), b_u, DOT)
+        # X += U F^T: [I, J] += [I, C] [C, J]
+        b_x = dot(b_u, tl.trans(load_centred(side.cross, 0, c, BLOCK_J, BLOCK_C, KIND, UNIT, DOT)), b_x, DOT)
+    return b_x
+
+
+@triton.jit
+def row_gradients(
+    side, i, scale, KIND: tl.constexpr, DOT: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """dL/dX and the target's share of dL/dS_aa, whole rows [I, J] of X computed anew, for a row weight of 1."""
+    inside = inside_tile(side.own, i, 0, BLOCK_I, BLOCK_J)
+    b_x = projected_rows(side, i, KIND, DOT, UNIT, BLOCK_I, BLOCK_J, BLOCK_C, BLOCK_K) * scale
+    b_s = load_tile(side.own, i, 0, BLOCK_I, BLOCK_J, UNIT, DOT)
+    b_dx, b_dy = rows_gradient(b_x, target_logits(b_s, KIND), load_rows(side, i, BLOCK_I), inside)
+    return b_dx, target_gradient(b_dy, b_s, KIND)
+
+
+@triton.jit(do_not_specialize=["tt", "tv", "vt", "vv", "spans", "scaling", "loss", "stats", "n_heads"])
+def small_forward_kernel(
+    tt,  # Block: S_tt [B, H, T, T]
+    tv,  # Block: S_tv [B, H, T, R]
+    vt,  # Block: S_vt [B, H, R, T]
+    vv,  # Block: S_vv [B, H, R, R]
+    spans,  # SpanArgs
+    scaling,  # Scaling
+    loss,  # float32 [B * H, tiles]: sums over the rows of a tile
+    stats,  # float32 [B * H, 8, T + R]
+    n_heads,
+    KIND: tl.constexpr,
+    DOT: tl.constexpr,
+    UNIT: tl.constexpr,
+    SAVE: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Loss and row numbers: sum_j (p_j - q_j) (d_j - E_q[d]) a row, d = (x - m_x) - (y - m_y)."""
+    i_problem, is_text, i = row_tile(spans, BLOCK_I)
+    side = open_side(tt, tv, vt, vv, spans, stats, i_problem, n_heads, is_text)
+    scale, weight, active = side_scale(scaling, side)
+    _, _, _, _, valid = load_spans(spans, (i_problem // n_heads).to(tl.int64))
+    o_i = i + tl.arange(0, BLOCK_I)
+    total = tl.where(valid, 0.0, float("nan"))
+    m_x = tl.zeros([BLOCK_I], tl.float32)
+    l_x, m_y, l_y, e_p, e_q = m_x, m_x, m_x, m_x, m_x
+    if (i < side.n_a) & active:
+        inside = inside_tile(side.own, i, 0, BLOCK_I, BLOCK_J)
+        b_x = projected_rows(side, i, KIND, DOT, UNIT, BLOCK_I, BLOCK_J, BLOCK_C, BLOCK_K) * scale
+        b_y = target_logits(load_tile(side.own, i, 0, BLOCK_I, BLOCK_J, UNIT, DOT), KIND)
+        # outside: probability exactly 0 and d = 0, without an infinity
+        b_x = tl.where(inside, b_x, LOW)
+        b_y = tl.where(inside, b_y, LOW)
+        m_x = tl.max(b_x, 1)
+        m_y = tl.max(b_y, 1)
+        b_x -= m_x[:, None]
+        b_y -= m_y[:, None]
+        b_p = tl.exp(b_x)
+        b_q = tl.exp(b_y)
+        l_x = tl.sum(b_p, 1)
+        l_y = tl.sum(b_q, 1)
+        b_p /= l_x[:, None]
+        b_q /= l_y[:, None]
+        b_d = tl.where(inside, b_x - b_y, 0.0)
+        e_p = tl.sum(b_p * b_d, 1)
+        e_q = tl.sum(b_q * b_d, 1)
+        b_loss = tl.sum((b_p - b_q) * (b_d - e_q[:, None]), 1)
+        total += tl.sum(tl.where((o_i >= side.n_a) | (b_loss < 0.0), 0.0, b_loss)) * weight
+    if SAVE:
+        store_rows(side, spans, o_i, active, m_x, l_x, m_y, l_y, e_p, e_q, KIND)
+    tl.store(loss + tl.program_id(0), total)
+
+
+@triton.jit(do_not_specialize=[*UNSPECIALIZED, "grad_tt", "grad_vv"])
+def small_rows_kernel(
+    tt,  # Block: S_tt [B, H, T, T]
+    tv,  # Block: S_tv [B, H, T, R]
+    vt,  # Block: S_vt [B, H, R, T]
+    vv,  # Block: S_vv [B, H, R, R]
+    spans,  # SpanArgs
+    scaling,  # Scaling
+    grad_loss,  # [B, H]
+    s_g_b,
+    s_g_h,
+    stats,  # float32 [B * H, 8, T + R]
+    work,  # Work: G, V
+    n_heads,
+    grad_tt,  # contiguous, shape and dtype of the input
+    grad_vv,  # contiguous, shape and dtype of the input
+    KIND: tl.constexpr,
+    DOT: tl.constexpr,
+    UNIT: tl.constexpr,
+    GRAD_X: tl.constexpr,
+    GRAD_Y: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """G_I, V_I = G_I F and dY_I for one tile I of rows of one side."""
+    i_problem, is_text, i = row_tile(spans, BLOCK_I)
+    side = open_side(tt, tv, vt, vv, spans, stats, i_problem, n_heads, is_text)
+    scale, weight, active = side_scale(scaling, side)
+    if (i < side.n_a) & active:
+        g = load_grad_loss(grad_loss, s_g_b, s_g_h, i_problem, n_heads) * weight
+        b_dx, b_dy = row_gradients(side, i, scale, KIND, DOT, UNIT, BLOCK_I, BLOCK_J, BLOCK_C, BLOCK_K)
+        if GRAD_Y:
+            grad = tl.where(is_text, grad_tt, grad_vv)
+            m_s = open_gradient(grad, spans, i_problem, n_heads, is_text, is_text, side.n_a, side.n_a)
+            store_tile(m_s, b_dy * g, i, 0, BLOCK_I, BLOCK_J)
+        if GRAD_X:
+            m_g = open_g(work, side, i_problem)
+            store_tile(m_g, b_dx * (g * scale), i, 0, BLOCK_I, BLOCK_J)
+            tl.debug_barrier()
+            for c in range(0, side.n_b, BLOCK_C):
+                b_v = tl.zeros([BLOCK_I, BLOCK_C], tl.float32)
+                for k in range(0, side.n_a, BLOCK_K):
+                    # V += G F: [I, C] += [I, K] [K, C]
+                    b_g = load_tile(m_g, i, k, BLOCK_I, BLOCK_K, True, DOT)
+                    b_v = dot(b_g, load_factor(side.cross, k, c, BLOCK_K, BLOCK_C, KIND, UNIT, DOT), b_v, DOT)
+                store_tile(open_v(work, side, i_problem), b_v, i, c, BLOCK_I, BLOCK_C)
+
+
+@triton.jit(do_not_specialize=[*UNSPECIALIZED, "grad_tv", "grad_vt"])
+def small_cross_kernel(
+    tt,  # Block: S_tt [B, H, T, T]
+    tv,  # Block: S_tv [B, H, T, R]
+    vt,  # Block: S_vt [B, H, R, T]
+    vv,  # Block: S_vv [B, H, R, R]
+    spans,  # SpanArgs
+    scaling,  # Scaling
+    stats,  # float32 [B * H, 8, T + R]
+    work,  # Work: G, V
+    n_heads,
+    grad_tv,  # contiguous, shape and dtype of the input
+    grad_vt,  # contiguous, shape and dtype of the input
+    KIND: tl.constexpr,
+    DOT: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """dF_I = (G^T F)_I S_bb + V_I S_bb^T for one tile I of rows of F (columns of G), J >= n_b, and dS_ab from it."""
+    i_problem, is_text, i = row_tile(spans, BLOCK_I)
+    side = open_side(tt, tv, vt, vv, spans, stats, i_problem, n_heads, is_text)
+    _, _, active = side_scale(scaling, side)
+    if (i < side.n_a) & active:
+        m_g = open_g(work, side, i_problem)
+        m_v = open_v(work, side, i_problem)
+        b_df = tl.zeros([BLOCK_I, BLOCK_J], tl.float32)
+        for c in range(0, side.n_b, BLOCK_C):
+            b_w = tl.zeros([BLOCK_I, BLOCK_C], tl.float32)
+            for k in range(0, side.n_a, BLOCK_K):
+                # W += G^T F: [I, C] += [I, K] [K, C]
+                b_g = load_tile(m_g, k, i, BLOCK_K, BLOCK_I, True, DOT)
+                b_f = load_factor(side.cross, k, c, BLOCK_K, BLOCK_C, KIND, UNIT, DOT)
+                b_w = dot(tl.trans(b_g), b_f, b_w, DOT)
+            # dF += W S_bb: [I, J] += [I, C] [C, J]
+            b_df = dot(b_w, load_factor(side.other, c, 0, BLOCK_C, BLOCK_J, KIND, UNIT, DOT), b_df, DOT)
+        for k in range(0, side.n_b, BLOCK_K):
+            # dF += V S_bb^T: [I, J] += [I, K] [K, J]
+            b_v = load_tile(m_v, i, k, BLOCK_I, BLOCK_K, True, DOT)
+            b_s = load_factor(side.other, 0, k, BLOCK_J, BLOCK_K, KIND, UNIT, DOT)
+            b_df = dot(b_v, tl.trans(b_s), b_df, DOT)
+        if KIND == "softmax":
+            b_f = load_factor(side.cross, i, 0, BLOCK_I, BLOCK_J, KIND, UNIT, DOT)
+            b_df = b_f * (b_df - tl.sum(b_f * b_df, 1)[:, None])
+        grad = tl.where(is_text, grad_tv, grad_vt)
+        m_s = open_gradient(grad, spans, i_problem, n_heads, is_text, is_text == 0, side.n_a, side.n_b)
+        store_tile(m_s, b_df, i, 0, BLOCK_I, BLOCK_J)
+
+
+@triton.jit(do_not_specialize=[*UNSPECIALIZED, "grad_tt", "grad_vv"])
+def small_own_kernel(
+    tt,  # Block: S_tt [B, H, T, T]
+    tv,  # Block: S_tv [B, H, T, R]
+    vt,  # Block: S_vt [B, H, R, T]
+    vv,  # Block: S_vv [B, H, R, R]
+    spans,  # SpanArgs
+    scaling,  # Scaling
+    grad_loss,  # [B, H]
+    s_g_b,
+    s_g_h,
+    stats,  # float32 [B * H, 8, T + R]
+    work,  # Work: V
+    n_heads,
+    grad_tt,  # contiguous, shape and dtype of the input
+    grad_vv,  # contiguous, shape and dtype of the input
+    KIND: tl.constexpr,
+    DOT: tl.constexpr,
+    UNIT: tl.constexpr,
+    GRAD_Y: tl.constexpr,  # compute dY; otherwise it is in the gradient already, or 0
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """dS_aa = dY + dS'_aa for one tile I of rows: the target of side a, and the inner block of side b."""
+    i_problem, is_text, i = row_tile(spans, BLOCK_I)
+    side = open_side(tt, tv, vt, vv, spans, stats, i_problem, n_heads, is_text)
+    back = open_side(tt, tv, vt, vv, spans, stats, i_problem, n_heads, is_text == 0)
+    scale, weight, active = side_scale(scaling, side)
+    _, _, back_active = side_scale(scaling, back)
+    if i < side.n_a:
+        grad = tl.where(is_text, grad_tt, grad_vv)
+        m_s = open_gradient(grad, spans, i_problem, n_heads, is_text, is_text, side.n_a, side.n_a)
+        b_ds = tl.zeros([BLOCK_I, BLOCK_J], tl.float32)
+        if back_active:
+            m_v = open_v(work, back, i_problem)
+            for k in range(0, back.n_a, BLOCK_K):
+                # dS' += F_b^T V_b: [I, J] += [I, K] [K, J]
+                b_f = load_factor(back.cross, k, i, BLOCK_K, BLOCK_I, KIND, UNIT, DOT)
+                b_ds = dot(tl.trans(b_f), load_tile(m_v, k, 0, BLOCK_K, BLOCK_J, True, DOT), b_ds, DOT)
+            if KIND == "softmax":
+                b_p = load_factor(side.own, i, 0, BLOCK_I, BLOCK_J, KIND, UNIT, DOT)
+                b_ds = b_p * (b_ds - tl.sum(b_p * b_ds, 1)[:, None])
+        if GRAD_Y:
+            if active:
+                g = load_grad_loss(grad_loss, s_g_b, s_g_h, i_problem, n_heads) * weight
+                b_dx, b_dy = row_gradients(side, i, scale, KIND, DOT, UNIT, BLOCK_I, BLOCK_J, BLOCK_C, BLOCK_K)
+                b_ds += b_dy * g
+        else:
+            b_ds += load_tile(m_s, i, 0, BLOCK_I, BLOCK_J, True, DOT)
+        store_tile(m_s, b_ds, i, 0, BLOCK_I, BLOCK_J)
