@@ -45,7 +45,7 @@ def test_loss_equals_the_loop_in_float64(backend, device, kind, sides):
 )
 @pytest.mark.parametrize("kind", KINDS)
 def test_options_and_gradients(backend, device, kind, options):
-    attn = make_input(kind, 6, 9, batch=2, heads=2, std=0.5, seed=3, device=device)
+    attn = make_input(kind, 6, 9, batch=2, std=0.5, seed=3, device=device)
     loss, (gradient,) = loss_and_gradients(lambda x: fused_cacr(x, 6, kind=kind, backend=backend, **options), attn)
     expected, expected_gradient = expect(attn, 6, kind=kind, **options)
     assert relative_error(loss, expected) < 1e-5
@@ -67,14 +67,13 @@ def test_ragged_batch(backend, device, kind):
     inside = block_softmax(attn, **spans) > 0
     poisoned = attn.masked_fill(~inside, float("nan"))
     expected, expected_gradient = expect(attn, **spans, kind=kind, reduction="none")
-    for x in (attn, poisoned):
-        loss, (gradient,) = loss_and_gradients(
-            lambda x: fused_cacr(x, **spans, **bounds, kind=kind, reduction="none", backend=backend), x
-        )
-        assert relative_error(loss, expected) < 1e-5
-        assert relative_error(gradient, expected_gradient) < 1e-4
-        assert (gradient[~inside] == 0).all()
-        assert (loss[2] == 0).all()
+    loss, (gradient,) = loss_and_gradients(
+        lambda x: fused_cacr(x, **spans, **bounds, kind=kind, reduction="none", backend=backend), poisoned
+    )
+    assert relative_error(loss, expected) < 1e-5
+    assert relative_error(gradient, expected_gradient) < 1e-4
+    assert (gradient[~inside] == 0).all()
+    assert (loss[2] == 0).all()
 
 
 @pytest.mark.parametrize("shape", [(9, 9), (3, 9, 9), (2, 3, 9, 9)])
@@ -102,14 +101,14 @@ def test_empty_batch_and_empty_spans(backend, device):
 
 
 def test_strides(backend, device):
-    base = make_scores(5, 7, batch=2, heads=3, device=device)
-    wide = torch.full((2, 3, 24, 24), float("nan"), device=device)
+    base = make_scores(5, 7, batch=2, heads=2, device=device)
+    wide = torch.full((2, 2, 24, 24), float("nan"), device=device)
     wide[..., ::2, ::2] = base
     layouts = {
         "transposed": base.mT.contiguous().mT,
         "permuted": base.permute(2, 0, 3, 1).contiguous().permute(1, 3, 0, 2),
         "sliced": wide[..., ::2, ::2],
-        "expanded": base[:1].expand(2, 3, 12, 12),
+        "expanded": base[:1, :1].expand(2, 2, 12, 12),
     }
     for name, x in layouts.items():
         expected, expected_gradient = expect(x, 5)

@@ -200,9 +200,9 @@ def test_bad_numbers_inside_the_spans_show(path, bad, where):
 
 def test_memory_layouts_agree(path):
     spans = Spans(2, 6, 9, 9)
-    attn = attention("scores", 20, batch=2, heads=2).to(DEVICE)
+    attn = attention("scores", 20, batch=2).to(DEVICE)
     loss, gradients, _ = run([attn], spans)
-    wide = torch.zeros(2, 2, 25, 31, device=DEVICE)
+    wide = torch.zeros(2, 1, 25, 31, device=DEVICE)
     wide[..., 3:23, 5:25] = attn
     layouts = [
         attn.transpose(-1, -2).contiguous().transpose(-1, -2),
@@ -217,16 +217,16 @@ def test_memory_layouts_agree(path):
 
 
 def test_expanded_input(path):
-    attn = attention("scores", 20).expand(2, 3, 20, 20)
+    attn = attention("scores", 20).expand(2, 2, 20, 20)
     check([attn], Spans(2, 6, 9, 9))
     check([torch.full((1, 1, 1, 1), 0.25).expand(1, 1, 8, 8)], Spans(0, 4, 4, 4), gradient_budget=0.0)
 
 
 def test_strided_grad_loss(path):
-    attn = attention("scores", 14, batch=2, heads=2)
+    attn = attention("scores", 14, batch=2)
     spans = Spans(0, 6, 6, 8)
-    _, ones, _ = run([attn], spans, grad_loss=torch.full((), 3.0, device=DEVICE).expand(2, 2))
-    _, dense, _ = run([attn], spans, grad_loss=torch.full((2, 2), 3.0, device=DEVICE))
+    _, ones, _ = run([attn], spans, grad_loss=torch.full((), 3.0, device=DEVICE).expand(2, 1))
+    _, dense, _ = run([attn], spans, grad_loss=torch.full((2, 1), 3.0, device=DEVICE))
     assert torch.equal(ones[0], dense[0])
 
 

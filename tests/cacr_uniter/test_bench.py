@@ -1,21 +1,16 @@
-"""The harness of `cacr bench`: floors, files, refusal of wrong contenders, processes, pictures, reports."""
-
-import json
+"""The harness of `cacr bench`: floors, files, refusal of wrong contenders, processes, pictures."""
 
 import pytest
 import torch
 
 from cacr_uniter import cli
-from cacr_uniter.benchmark import contenders, measure, numerics, pool, results, run, summary, worker
-from cacr_uniter.benchmark.ceilings import measure_ceilings
-from cacr_uniter.benchmark.gpu_report import STAGES, report, run_stage
+from cacr_uniter.benchmark import contenders, measure, pool, results, run, summary, worker
 from cacr_uniter.benchmark.machine import provenance, slug
 from cacr_uniter.benchmark.measure import Job
 from cacr_uniter.benchmark.plots import draw
 from cacr_uniter.benchmark.run import Plan, finished, merge, run_benchmark
 from cacr_uniter.benchmark.shapes import Shape, parse_shapes, preset_shapes
 from cacr_uniter.benchmark.timing import PeakMemory, process_memory, time_cpu
-from cacr_uniter.benchmark.training_cost import Setting, largest, measure_setting
 from cacr_uniter.benchmark.work import Work, floor, work
 from cacr_uniter.errors import UserError
 
@@ -327,104 +322,6 @@ def test_finished_rows_have_quantiles():
 def test_wrong_options_are_one_sentence(capsys, words, message):
     assert cli.main(["bench", *words]) == 2
     assert message in capsys.readouterr().err
-
-
-# ceilings, numerics, training, report
-
-
-def test_ceilings_are_positive_rates():
-    found = measure_ceilings("cpu", 0.01, scale=0.05)
-    assert set(found) == {"copy", "matmul float32", "matmul bfloat16", "exp"}
-    assert all(0 < value < float("inf") for value in found.values())  # how fast is no test on a shared machine
-
-
-def test_numerics_measure_each_backend_beside_eager():
-    eager = numerics.case_errors(contenders.cacr_closed_form, numerics.Case(5, 7, count=2), "float32", "scores", "cpu")
-    assert 0 < eager.loss < 1e-5
-    near = numerics.case_errors(contenders.cacr_closed_form, numerics.Case(6, 6, pattern="near", count=2), "float32",
-                                "scores", "cpu")  # fmt: skip
-    assert 0 < near.loss < 1e-3
-
-
-def test_near_congruent_rows_nearly_agree():
-    scores = numerics.near_congruent(6, 0).double()
-    t, v = slice(0, 6), slice(6, 12)
-    difference = scores[..., t, v] @ scores[..., v, v] @ scores[..., t, v].mT - scores[..., t, t]
-    assert float((difference - 100).abs().max()) < 0.06
-    assert float((difference - 100).std()) == pytest.approx(0.01, rel=0.5)
-
-
-def test_the_table_replaces_what_is_between_the_markers(tmp_path):
-    text = f"before\n{numerics.BEGIN}\nold\n{numerics.END}\nafter\n"
-    made = numerics.replace_between(text, "new", tmp_path)
-    assert "old" not in made
-    assert made.startswith("before\n")
-    assert made.endswith("\nafter\n")
-    assert numerics.replace_between(made, "new", tmp_path) == made
-    with pytest.raises(UserError, match="expected the line"):
-        numerics.replace_between("nothing", "new", tmp_path)
-
-
-def test_a_broken_budget_is_shown():
-    ours, eager = numerics.Errors(1e-3, 1e-3), numerics.Errors(1e-6, 1e-6)
-    assert numerics._line(("cpu",), ours, eager, (1e-6, 5e-5))[-1] == "NO"
-    assert numerics._line(("cpu",), eager, eager, None)[-1] == "yes"
-
-
-@pytest.mark.parametrize("most", [1, 2, 7, 15, 100, 4096])
-def test_the_largest_batch_is_found(most):
-    tried = []
-
-    def fits(n):
-        tried.append(n)
-        return n <= most
-
-    found = largest(fits, 1, 4096)
-    assert most - max(1, most // 16) < found <= most
-    assert len(tried) < 24
-    assert largest(lambda n: False, 1, 10) == 0
-    assert largest(lambda n: True, 1, 10) == 10
-
-
-@pytest.mark.parametrize("auxiliary", ["none", "eager", "fused", "qk"])
-@pytest.mark.parametrize(("checkpointing", "frozen", "precision"), [(False, 0, "fp32"), (True, 1, "bf16")])
-def test_a_training_step_is_measured(auxiliary, checkpointing, frozen, precision):
-    setting = Setting("tiny", auxiliary, precision, checkpointing, frozen, 4, 5, 4, 2, "cpu", 0.0)
-    row = measure_setting(setting)
-    assert row["status"] == "ok", row
-    assert row["median_ms"] > 0
-    assert row["peak_mb"] >= 0  # a process that reuses freed memory needs no more; `cacr bench` takes a fresh one
-    assert set(row | setting.columns) <= set(results.COLUMNS["training"])
-
-
-def test_the_report_writes_each_stage_and_stops_a_late_one(tmp_path, monkeypatch):
-    import sys
-
-    slow = [sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(60)"]
-    outcome = run_stage([slow], tmp_path / "slow.log", 1.0)
-    assert outcome["outcome"] == "stopped after 1 s"
-    assert run_stage([], tmp_path / "none.log", 1.0) == {"outcome": "left out: its tool is not installed"}
-    monkeypatch.setitem(STAGES, "doctor", type(STAGES["doctor"])(1.0, lambda *_: [[sys.executable, "-c", "exit(3)"]]))
-    said = []
-    report(["doctor"], tmp_path, 20.0, said.append)
-    assert json.loads((tmp_path / "report.json").read_text())["doctor"]["outcome"] == "failed with exit status 3"
-
-
-def test_the_stages_share_the_time():
-    assert sum(stage.share for stage in STAGES.values()) == pytest.approx(1.0)
-
-
-def test_a_report_without_a_gpu_is_refused(capsys):
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
-    assert cli.main(["bench", "gpu-report"]) == 2
-    assert "needs an NVIDIA GPU" in capsys.readouterr().err
-
-
-def test_the_sanitizer_script_calls_every_kind():
-    from cacr_uniter.benchmark.sanitized import call_everything
-
-    assert call_everything("cpu", ["reference"], ((2, 3),)) == 3 * 2 * 2 + 2 * 2
 
 
 @pytest.mark.gpu

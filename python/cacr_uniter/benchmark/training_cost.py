@@ -25,8 +25,10 @@ AUXILIARY: dict[str, dict[str, Any]] = {
     "eager": {"backend": "reference", "kind": "scores", "heads": "each"},
     "fused": {"kind": "scores", "heads": "each"},
     "qk": {"kind": "scores", "heads": "each", "source": "qk"},
+    "recipe": {},
 }
-"""No auxiliary loss; CACR as printed (Eq. 6): eager closed form, fused kernels, fused from queries and keys."""
+"""No auxiliary loss; CACR as printed (Eq. 6): eager closed form, fused kernels, fused from queries and keys; and what
+`cacr train` runs unless told otherwise (probabilities averaged over heads)."""
 
 TINY: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
 CUDA_CONTEXT = 700_000_000

@@ -1,0 +1,169 @@
+"""What `cacr bench` adds to kernels: ceilings, numerics, training, the report about a GPU."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from cacr_uniter import cli
+from cacr_uniter.benchmark import contenders, gpu_report, numerics, results
+from cacr_uniter.benchmark.ceilings import measure_ceilings
+from cacr_uniter.benchmark.gpu_report import STAGES, Stage, report, run_stage
+from cacr_uniter.benchmark.training_cost import Setting, largest, measure_setting
+from cacr_uniter.errors import UserError
+from cacr_uniter.training.config import AuxConfig
+
+
+def test_ceilings_are_positive_rates():
+    found = measure_ceilings("cpu", 0.01, scale=0.05)
+    assert set(found) == {"copy", "matmul float32", "matmul bfloat16", "exp"}
+    assert all(0 < value < float("inf") for value in found.values())  # how fast is no test on a shared machine
+
+
+def test_numerics_measure_each_backend_beside_eager():
+    eager = numerics.case_errors(contenders.cacr_closed_form, numerics.Case(5, 7, count=2), "float32", "scores", "cpu")
+    assert 0 < eager.loss < 1e-5
+    near = numerics.case_errors(contenders.cacr_closed_form, numerics.Case(6, 6, pattern="near", count=2), "float32",
+                                "scores", "cpu")  # fmt: skip
+    assert 0 < near.loss < 1e-3
+
+
+def test_near_congruent_rows_nearly_agree():
+    scores = numerics.near_congruent(6, 0).double()
+    t, v = slice(0, 6), slice(6, 12)
+    difference = scores[..., t, v] @ scores[..., v, v] @ scores[..., t, v].mT - scores[..., t, t]
+    assert float((difference - 100).abs().max()) < 0.06
+    assert float((difference - 100).std()) == pytest.approx(0.01, rel=0.5)
+
+
+def test_the_table_replaces_what_is_between_the_markers(tmp_path):
+    text = f"before\n{numerics.BEGIN}\nold\n{numerics.END}\nafter\n"
+    made = numerics.replace_between(text, "new", tmp_path)
+    assert "old" not in made
+    assert made.startswith("before\n")
+    assert made.endswith("\nafter\n")
+    assert numerics.replace_between(made, "new", tmp_path) == made
+    with pytest.raises(UserError, match="expected the line"):
+        numerics.replace_between("nothing", "new", tmp_path)
+
+
+def test_a_broken_budget_is_shown():
+    ours, eager = numerics.Errors(1e-3, 1e-3), numerics.Errors(1e-6, 1e-6)
+    assert numerics._line(("cpu",), ours, eager, (1e-6, 5e-5))[-1] == "NO"
+    assert numerics._line(("cpu",), eager, eager, None)[-1] == "yes"
+
+
+@pytest.mark.parametrize("most", [1, 2, 7, 15, 100, 4096])
+def test_the_largest_batch_is_found(most):
+    tried = []
+
+    def fits(n):
+        tried.append(n)
+        return n <= most
+
+    found = largest(fits, 1, 4096)
+    assert most - max(1, most // 16) < found <= most
+    assert len(tried) < 24
+    assert largest(lambda n: False, 1, 10) == 0
+    assert largest(lambda n: True, 1, 10) == 10
+
+
+@pytest.mark.parametrize(
+    ("auxiliary", "checkpointing", "frozen", "precision"),
+    [
+        ("none", False, 0, "fp32"),
+        ("eager", True, 1, "bf16"),
+        ("fused", False, 1, "fp32"),
+        ("qk", True, 0, "bf16"),
+        ("recipe", False, 0, "bf16"),
+    ],
+)
+def test_a_training_step_is_measured(auxiliary, checkpointing, frozen, precision):
+    setting = Setting("tiny", auxiliary, precision, checkpointing, frozen, 4, 5, 4, 2, "cpu", 0.0)
+    row = measure_setting(setting)
+    assert row["status"] == "ok", row
+    assert row["median_ms"] > 0
+    assert row["peak_mb"] >= 0  # a process that reuses freed memory needs no more; `cacr bench` takes a fresh one
+    assert set(row | setting.columns) <= set(results.COLUMNS["training"])
+
+
+def test_the_recipe_is_what_cacr_train_runs():
+    assert Setting("tiny", "recipe", "fp32", False, 0, 4, 5, 4, 2, "cpu", 0.0).config().aux == AuxConfig()
+
+
+def python(program):
+    return [sys.executable, "-c", program]
+
+
+def test_a_late_stage_is_stopped_with_what_it_started(tmp_path):
+    child = "import subprocess, sys; print(subprocess.Popen(['sleep', '60']).pid, flush=True); sys.exit()"
+    waits = f"import subprocess, sys, time; subprocess.run([sys.executable, '-c', {child!r}]); time.sleep(60)"
+    assert run_stage([python(waits)], tmp_path / "slow.log", 5.0)["outcome"] == "stopped after 5 s"
+    started = int((tmp_path / "slow.log").read_text().split()[-1])
+    for _ in range(100):
+        state = Path(f"/proc/{started}/stat")
+        if not state.exists() or state.read_text().split()[2] == "Z":
+            break
+        time.sleep(0.05)
+    else:
+        pytest.fail("a process of the stage is still there")
+
+
+def test_an_interrupted_report_leaves_no_process(tmp_path, monkeypatch):
+    begun = []
+
+    class Interrupted(subprocess.Popen):
+        def wait(self, timeout=None):
+            begun.append(self)
+            if len(begun) == 1:
+                raise KeyboardInterrupt
+            return super().wait(timeout)
+
+    monkeypatch.setattr(gpu_report.subprocess, "Popen", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_stage([python("import time; time.sleep(60)")], tmp_path / "log", 60.0)
+    assert begun[0].poll() == -signal.SIGKILL
+
+
+def test_the_report_survives_stages_that_fail(tmp_path, monkeypatch):
+    def not_here(*_):
+        raise UserError("needs the repository")
+
+    stages = {
+        "exits": lambda *_: [python("exit(3)"), python("print('the next command runs')")],
+        "refuses": not_here,
+        "nowhere": lambda *_: [["/nowhere/tool"]],
+        "absent": lambda *_: [],
+        "fine": lambda *_: [python("print('done')")],
+    }
+    monkeypatch.setattr(gpu_report, "STAGES", {name: Stage(0.2, commands) for name, commands in stages.items()})
+    report(list(stages), tmp_path, 60.0, lambda _: None)
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert found["exits"]["outcome"] == "failed with exit status 3"
+    assert "the next command runs" in (tmp_path / "report-exits.log").read_text()
+    assert found["refuses"]["outcome"] == "failed: needs the repository"
+    assert found["nowhere"]["outcome"].startswith("failed: ")
+    assert found["absent"]["outcome"] == "left out: its tool is not installed"
+    assert found["fine"]["outcome"] == "ok"
+
+
+def test_the_stages_share_the_time():
+    assert sum(stage.share for stage in STAGES.values()) == pytest.approx(1.0)
+
+
+def test_a_report_without_a_gpu_is_refused(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    assert cli.main(["bench", "gpu-report"]) == 2
+    assert "needs an NVIDIA GPU" in capsys.readouterr().err
+
+
+def test_the_sanitizer_script_calls_every_kind():
+    from cacr_uniter.benchmark.sanitized import call_everything
+
+    assert call_everything("cpu", ["reference"], ((2, 3),)) == 3 * 2 * 2 + 2 * 2
