@@ -84,6 +84,11 @@ _HOPPER_32 = {
     "rows": {32: (32, 32, 4, 2), 64: (32, 64, 8, 2), 128: (16, 32, 8, 1)},
     "columns": {32: (32, 32, 4, 2), 64: (64, 32, 8, 2), 128: (32, 16, 8, 1)},
 }
+#: Blackwell's tensor-core instructions keep more of a tile in registers
+_BLACKWELL_16, _BLACKWELL_FLOAT16 = (
+    {**tiles, "columns": tiles["columns"] | {32: (64, 64, 8, 2), 64: (64, 64, 8, 2)}}
+    for tiles in (_HOPPER_16, _HOPPER_FLOAT16)
+)
 _TILES = {
     (8, torch.float16): _AMPERE_16,
     (8, torch.bfloat16): _AMPERE_16,
@@ -91,6 +96,9 @@ _TILES = {
     (9, torch.float16): _HOPPER_FLOAT16,
     (9, torch.bfloat16): _HOPPER_16,
     (9, torch.float32): _HOPPER_32,
+    (10, torch.float16): _BLACKWELL_FLOAT16,
+    (10, torch.bfloat16): _BLACKWELL_16,
+    (10, torch.float32): _HOPPER_32,
 }
 
 
@@ -114,5 +122,5 @@ def _rule(kernel: str, arch: int, dtype: torch.dtype, d: int) -> Launch:
         return Launch(64, 16 if dtype == torch.float32 else 32, 4, 2)
     if kernel in ("mix", "tokens"):
         return Launch(32, 32, 8 if d > 128 else 4, 2)
-    column = 9 if 90 <= arch < 120 else 8  # sm_120 has the shared memory of sm_86
+    column = min(arch // 10, 10) if 90 <= arch < 120 else 8  # sm_120 has the shared memory of sm_86
     return Launch(*_TILES[column, dtype][kernel][d])
