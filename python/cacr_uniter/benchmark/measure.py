@@ -66,7 +66,9 @@ def measure(job: Job) -> Iterator[dict[str, Any]]:
     shape = Shape(**job.shape)
     compiled = "compiled" in job.contender
     if compiled:
-        torch._functorch.config.donated_buffer = False  # a compiled backward is run many times
+        from torch._functorch import config
+
+        config.donated_buffer = False  # a compiled backward is run many times
     try:
         inputs = _inputs(shape, job.dtype, job.device, job.seed)
         contender = make(job.contender, job.variant, job.kind, job.dtype, job.device)
