@@ -86,6 +86,9 @@ def _lines(rows: list[Row], column: str, title: str, label: str) -> Any:
             style = "-o" if name in OURS else "--o"
             axis.plot(*zip(*points), style, color=COLOURS[name], label=name, markersize=4)
         axis.set(xscale="log", yscale="log", xlabel="N = T + R tokens (T = R)", ylabel=label)
+        lengths = sorted({int(x) for line in axis.get_lines() for x in line.get_xdata() if x > 0})
+        axis.set_xticks(lengths, [str(n) for n in lengths])
+        axis.set_xticks([], minor=True)
         problems = next(int(r["batch"]) * int(r["heads"]) for r in part if r["shape"].startswith("square-"))
         axis.set_title(f"from {'q and k' if variant == 'qk' else 'scores'}, {dtype}, B x H = {problems}", fontsize=9)
         axis.grid(True, which="both", alpha=0.25)
