@@ -9,7 +9,7 @@ import importlib
 import os
 import sys
 
-from cacr_uniter.errors import ProcessError, UserError
+from cacr_uniter.errors import ProcessError, UserError, is_out_of_memory
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("doctor", "versions, GPUs, backends, and what to do about what is missing"),
@@ -45,6 +45,13 @@ EXTRA_PACKAGES = {
 LOOSE_PACKAGES = {"pyarrow": "pyarrow", "h5py": "h5py"}
 """Packages that single file formats need."""
 
+SMALLER = {
+    "train": "`cacr train --plan` shows what a run needs; take a larger model.freeze_layers, a smaller model.size, "
+    "data.cache disk or a larger machine",
+    "eval": "lower --batch-size, or take --device cpu",
+}
+"""What to do where memory is full, by the first word of the command."""
+
 
 def main(argv: list[str] | None = None) -> int:
     """Runs `cacr` with `argv` (default: the process's) and returns the exit status."""
@@ -79,6 +86,11 @@ def main(argv: list[str] | None = None) -> int:
         if advice is None:
             raise
         return _fail(error, advice, traceback)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        cure = SMALLER.get(words[0], "close other programs, or give it less to do at once")
+        return _fail(ProcessError(), f"out of memory: {cure}", traceback)
 
 
 def usage() -> str:

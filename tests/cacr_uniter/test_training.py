@@ -267,28 +267,6 @@ def test_nan_stops_the_run_and_keeps_the_checkpoint(tmp_path: Path, monkeypatch:
     assert all(torch.isfinite(value).all() for value in kept.model.values())
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
-        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
-        MemoryError(),
-    ],
-)
-def test_out_of_memory_says_what_to_lower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    backward = Stepper.backward
-
-    def fail(self: Stepper, portion: Any) -> torch.Tensor:
-        if portion.step == 3:
-            raise error
-        return backward(self, portion)
-
-    monkeypatch.setattr(Stepper, "backward", fail)
-    with pytest.raises(UserError, match=r"out of memory on cpu: .*step-00000002; lower batch\.pairs_per_forward"):
-        small_run(small_config(tmp_path))
-    assert (tmp_path / "checkpoints" / "step-00000002").is_dir()
-
-
 def test_other_errors_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(self: Stepper, portion: Any) -> torch.Tensor:
         raise RuntimeError("a bug")
@@ -337,17 +315,3 @@ def test_a_gpu_trains_and_resumes(tmp_path: Path, precision: str, checkpointing:
     resumed = small_run(small_config(tmp_path / "parts", **fields))
     assert resumed.finished
     assert resumed.history[-1]["loss"] == pytest.approx(whole.history[-1]["loss"], rel=1e-3)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-def test_the_memory_limit_caps_the_allocator(tmp_path: Path) -> None:
-    build_accelerator(small_config(tmp_path, run__device="cuda", run__memory_limit="1GB").run)
-    with pytest.raises(torch.OutOfMemoryError):
-        torch.empty(1_100_000_000, dtype=torch.uint8, device="cuda")
-    torch.cuda.set_per_process_memory_fraction(1.0)
-
-
-def test_a_memory_limit_needs_a_gpu(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"run\.memory_limit caps a GPU"):
-        build_accelerator(small_config(tmp_path, run__memory_limit="11GB").run)

@@ -89,6 +89,8 @@ class Reader:
     def _open(self) -> lmdb.Environment:
         try:
             environment = lmdb.open(str(self.folder), readonly=True, lock=False, readahead=False, max_readers=1)
+        except lmdb.MemoryError as error:
+            raise MemoryError(f"database {self.folder}: {error}") from error
         except lmdb.Error as error:
             raise UserError(f"database {self.folder}: not a readable LMDB file ({error}); copy it again") from error
         size = (self.folder / "data.mdb").stat().st_size

@@ -63,7 +63,8 @@ def limit_memory(device: torch.device, limit: int) -> None:
         raise UserError(
             f"run.memory_limit is {show_size(limit)}, the GPU has {show_size(total)}: give less or leave it out"
         )
-    torch.cuda.set_per_process_memory_fraction(limit / total, device)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    torch.cuda.set_per_process_memory_fraction(limit / total, index)
 
 
 def starting_point(path: str | Path) -> tuple[Path, UniterConfig | None]:

@@ -9,7 +9,8 @@ from typing import Any
 from cacr_uniter.errors import UserError
 from cacr_uniter.training.config import AuxConfig, TrainConfig
 
-#: fields that may differ between the two parts of a resumed run: they change no number
+#: fields that may differ between the two parts of a resumed run: they change neither the pairs of a step nor its losses
+#: (pairs_per_forward shifts dropout's draws)
 FREE_FIELDS = {
     "run": {
         *("out", "memory_limit", "threads", "resume", "overwrite", "checkpoint_every", "keep", "log_every"),
@@ -17,7 +18,7 @@ FREE_FIELDS = {
     },
     "data": {"scenes", "text", "images", "val_text", "val_images", "cache", "cache_limit", "workers"},
     "model": {"checkpoint", "activation_checkpointing"},
-    "batch": {"score_chunk"},
+    "batch": {"score_chunk", "pairs_per_forward"},
     "aux": {"backend"},
 }
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cacr_uniter.errors import ProcessError, UserError
+from cacr_uniter.errors import ProcessError, UserError, is_out_of_memory
 from cacr_uniter.model import UniterForRetrieval
 from cacr_uniter.training import checkpoint as checkpoints
 from cacr_uniter.training.best import Best
@@ -131,10 +131,8 @@ class Loop:
     def _errors_of_one_process(self) -> Iterator[None]:
         try:
             yield
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            raise self._out_of_memory() from error
-        except RuntimeError as error:
-            if "can't allocate memory" in str(error):
+        except (MemoryError, RuntimeError) as error:
+            if is_out_of_memory(error):
                 raise self._out_of_memory() from error
             raise
 
@@ -254,7 +252,7 @@ class Loop:
 
     def _out_of_memory(self) -> ProcessError:
         return ProcessError(
-            f"out of memory on {self.accelerator.device}: {self._kept()}; lower batch.pairs_per_forward or "
-            "batch.score_chunk, or take model.activation_checkpointing true, a larger model.freeze_layers or "
-            "run.precision bf16"
+            f"out of memory on {self.accelerator.device}: {self._kept()}; go on from it with a lower "
+            "batch.pairs_per_forward or batch.score_chunk, or model.activation_checkpointing true; a larger "
+            "model.freeze_layers or another run.precision need a new run"
         )
