@@ -13,9 +13,9 @@ import pytest
 
 from cacr_uniter import cli
 from cacr_uniter.commands import doctor
-from cacr_uniter.data.lmdb import ImageDB, ImageDBWriter, TextDB, TextDBWriter
+from cacr_uniter.data.lmdb import ImageDB, ImageDBWriter, TextDB
 from cacr_uniter.errors import ProcessError, UserError
-from cacr_uniter.training.testing import SMALL, synthetic_source
+from cacr_uniter.training.testing import SMALL, synthetic_source, write_databases
 
 SCORES = "\n".join(f'{{"label": "0_c{c}_i{i}", "score": {int(c == i)}}}' for c in (0, 1) for i in (0, 1))
 
@@ -23,14 +23,7 @@ SCORES = "\n".join(f'{{"label": "0_c{c}_i{i}", "score": {int(c == i)}}}' for c i
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Forty captions and twenty images in the published formats."""
-    root, source = tmp_path_factory.mktemp("sound"), synthetic_source()
-    with TextDBWriter(root / "txt" / "train.db", {"UNK": 1, "CLS": 2, "SEP": 3, "MASK": 4}, 30, "vocab") as texts:
-        for caption, (row, size) in enumerate(zip(source.texts.tolist(), source.n_text, strict=True)):
-            texts.write(str(caption), row[1 : size + 1], f"{source.image_of[caption]}.npz")
-    with ImageDBWriter(root / "img", dtype="float32") as images:
-        for image, size in enumerate(source.n_regions):
-            norm_bb = source.boxes[image, :size, :6].numpy()
-            images.write(f"{image}.npz", source.features[image, :size].numpy(), norm_bb)
+    root = write_databases(tmp_path_factory.mktemp("sound"))
     (root / "scores.jsonl").write_text(SCORES)
     return root
 
@@ -86,7 +79,7 @@ def refused(capsys: pytest.CaptureFixture[str], words: list[str], message: str) 
         ("eval retrieval --checkpoint x --out y --data z --block 0", "--block: expected a whole number from 1"),
         ("eval retrieval --out y --data z", "the following arguments are required: --checkpoint; see cacr eval"),
         ("data check nowhere", "image database nowhere: no such folder"),
-        ("data check SOUND/txt", "SOUND/txt holds text databases: check one of SOUND/txt/train.db"),
+        ("data check SOUND/txt", "SOUND/txt holds text databases: check one of SOUND/txt/train.db, SOUND/txt/val.db"),
         ("data import butd SOUND --out x", "argument format: invalid choice: 'butd'"),
         ("data import butd-tsv SOUND --out x", "SOUND: expected a TSV file, got a folder"),
         ("data import butd-tsv SOUND/scores.jsonl --out x", "line 1 ({"),

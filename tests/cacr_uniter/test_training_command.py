@@ -12,7 +12,6 @@ import torch
 import yaml
 
 from cacr_uniter.cli import main
-from cacr_uniter.data.lmdb import ImageDBWriter, TextDBWriter
 from cacr_uniter.errors import UserError
 from cacr_uniter.training import TrainConfig, train
 from cacr_uniter.training.build import build_model, model_config
@@ -20,24 +19,19 @@ from cacr_uniter.training.checks import check
 from cacr_uniter.training.command import load_config, presets
 from cacr_uniter.training.plan import make_plan
 from cacr_uniter.training.sizes import parse_size, show_size
-from cacr_uniter.training.testing import SMALL, VOCABULARY, numbers, small_config, synthetic_source
+from cacr_uniter.training.testing import (
+    SMALL,
+    VOCABULARY,
+    numbers,
+    small_config,
+    synthetic_source,
+    write_databases,
+)
 
 
 @pytest.fixture(scope="module")
 def databases(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The synthetic pairs in the published formats, under the folder names of a scene data set."""
-    root = tmp_path_factory.mktemp("data")
-    source = synthetic_source()
-    special = {"UNK": 1, "CLS": 2, "SEP": 3, "MASK": 4}
-    for split in ("train", "val"):
-        with TextDBWriter(root / "txt" / f"{split}.db", special, VOCABULARY, "vocab") as texts:
-            for caption, (row, size) in enumerate(zip(source.texts.tolist(), source.n_text, strict=True)):
-                texts.write(str(caption), row[1 : size + 1], f"{source.image_of[caption]}.npz")
-    with ImageDBWriter(root / "img", dtype="float32") as images:
-        for image, size in enumerate(source.n_regions):
-            norm_bb = source.boxes[image, :size, :6].numpy()
-            images.write(f"{image}.npz", source.features[image, :size].numpy(), norm_bb)
-    return root
+    return write_databases(tmp_path_factory.mktemp("data"))
 
 
 def arguments(root: Path, out: Path, **fields: Any) -> list[str]:
@@ -149,7 +143,7 @@ def test_a_pickled_checkpoint_is_not_run(databases: Path, tmp_path: Path, capsys
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_full_vocabulary_is_reported_by_the_library(tmp_path: Path) -> None:
+def test_a_scene_set_and_paths_of_databases_exclude_each_other(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.scenes stands for"):
         train(load_config(None, ["--data.scenes", str(tmp_path), "--data.text", "x", "--run.device", "cpu"]))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from cacr_uniter.arguments import Parser
+from cacr_uniter.commands.box_options import add_box_options, asked_rule
 from cacr_uniter.commands.progress import bars
 
 
@@ -18,11 +19,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--images", type=Path, help="of a text database: the image database that should hold its images"
     )
+    add_box_options(parser)
     args = parser.parse_args(argv)
 
     from cacr_uniter.data.check import check_database
 
     with bars() as progress:
-        report = check_database(args.folder, images=args.images, progress=progress)
+        report = check_database(args.folder, images=args.images, rule=asked_rule(args), progress=progress)
     print(report)
     return 0 if report.ok else 1

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from cacr_uniter.arguments import Parser, positive
+from cacr_uniter.commands.box_options import RUN_RULE, add_box_options, asked_rule
 from cacr_uniter.errors import UserError
 
 
@@ -38,13 +39,13 @@ def evaluate(args: argparse.Namespace, rank: int, processes: int) -> dict[str, A
     from cacr_uniter.data.text_db import TextDB
     from cacr_uniter.evaluation import matrix
     from cacr_uniter.evaluation.retrieval import recall, subset
-    from cacr_uniter.evaluation.scoring import load_model, pick_device
+    from cacr_uniter.evaluation.scoring import load_model, pick_device, run_rule
     from cacr_uniter.training.config import DataConfig
     from cacr_uniter.training.data import open_source
 
     text, images = _folders(args)
     text_db = TextDB(text)
-    dataset = RetrievalDataset(text_db, ImageDB(images))
+    dataset = RetrievalDataset(text_db, ImageDB(images, asked_rule(args) or run_rule(args.checkpoint)))
     device = pick_device(_own_device(args.device, int(os.environ.get("LOCAL_RANK", "0"))))
     model = load_model(args.checkpoint, args.model_size, text_db.vocab_size, dataset.feature_dim, device)
     limit = args.max_images or len(dataset.image_names)
@@ -128,4 +129,5 @@ def _parser() -> Parser:
     add("--batch-size", type=positive, default=400, help="pairs scored at once (default: 400)")
     add("--block", type=positive, default=32, help="images per part (default: 32)")
     add("--json", action="store_true", help="print everything as JSON")
+    add_box_options(parser, RUN_RULE)
     return parser

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from cacr_uniter.arguments import Parser, positive
+from cacr_uniter.commands.box_options import BOX_OPTIONS, RUN_RULE, add_box_options, asked_rule
 from cacr_uniter.errors import UserError
 from cacr_uniter.evaluation.examples import BREAKDOWNS, Example, breakdowns, read_difficulty, read_examples
 from cacr_uniter.evaluation.winoground import METRICS, Scores, read_scores, summary, write_scores
@@ -40,7 +41,8 @@ def _check(args: argparse.Namespace) -> None:
     """Refuses options that do not go together, and a file that could not be written after the work is done."""
     if (args.scores is None) == (args.checkpoint is None):
         raise UserError("give either --scores FILE or --checkpoint with --data")
-    idle = [name for name in ("text", "images", "model_size") if getattr(args, name) is not None]
+    model_only = ("text", "images", "model_size", "head", "device", "batch_size", *BOX_OPTIONS)
+    idle = [name for name in model_only if getattr(args, name) is not None]
     if args.scores and idle:
         raise UserError(f"--{idle[0].replace('_', '-')} belongs to --checkpoint, --scores needs no model")
     if args.write_scores and not args.write_scores.parent.is_dir():
@@ -65,15 +67,21 @@ def _from_file(args: argparse.Namespace) -> tuple[list[str], Scores, list[Exampl
 
 def _from_model(args: argparse.Namespace) -> tuple[list[str], Scores, list[Example]]:
     from cacr_uniter.commands.progress import bars
-    from cacr_uniter.evaluation.scoring import load_model, open_examples, pick_device, score_examples
+    from cacr_uniter.evaluation.scoring import load_model, open_examples, pick_device, run_rule, score_examples
 
-    dataset, examples = open_examples(args.data, args.examples, args.text, args.images)
+    rule = asked_rule(args) or run_rule(args.checkpoint)
+    dataset, examples = open_examples(args.data, args.examples, args.text, args.images, rule)
     vocab_size = dataset.text_db.vocab_size
-    device = pick_device(args.device)
+    device = pick_device(args.device or "auto")
     model = load_model(args.checkpoint, args.model_size, vocab_size, dataset.feature_dim, device)
     with bars() as progress:
         scores = score_examples(
-            model, dataset, examples, args.head, args.batch_size, lambda done, total: progress("pairs", done, total)
+            model,
+            dataset,
+            examples,
+            args.head or "rank",
+            args.batch_size or 256,
+            lambda done, total: progress("pairs", done, total),
         )
     return [example.id for example in examples], scores, examples
 
@@ -129,11 +137,12 @@ def _parser() -> Parser:
     add("--text", type=Path, help="text database of the captions (instead of --data)")
     add("--images", type=Path, help="image database of the region features (instead of --data)")
     add("--difficulty", type=Path, help='difficulty tags, {"id": ["tag", ...]}')
-    add("--head", choices=("rank", "itm"), default="rank", help="head that scores a pair (default: rank)")
+    add("--head", choices=("rank", "itm"), help="head that scores a pair (default: rank)")
     add("--model-size", help="for a weights file: base (default), large or a configuration JSON")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    add("--batch-size", type=positive, default=256, help="pairs scored at once (default: 256)")
+    add("--device", help="auto, cpu, cuda or cuda:N (default: auto)")
+    add("--batch-size", type=positive, help="pairs scored at once (default: 256)")
     add("--write-scores", type=Path, metavar="FILE", help="also write the scores as such a file")
     add("--breakdown", nargs="*", default=(), metavar="NAME", help=f"tables shown: {', '.join(BREAKDOWNS)}")
     add("--json", action="store_true", help="print everything as JSON")
+    add_box_options(parser, RUN_RULE)
     return parser

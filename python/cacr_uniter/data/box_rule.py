@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import numpy as np
 
 from cacr_uniter.errors import UserError
+
+_FOLDER = re.compile(r"feat_(?:numbb(\d+)|th(\d+(?:\.\d+)?(?:e-\d+)?)_max(\d+)_min(\d+))(?:_compressed)?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +36,19 @@ class BoxRule:
             )
         if not 0 <= self.threshold < 1:
             raise UserError(f"box rule: expected a confidence threshold from 0 to below 1, got {self.threshold}")
+
+    @classmethod
+    def of_folder(cls, name: str) -> BoxRule | None:
+        """The rule that the name of a database folder tells; None for `all` and for names of one's own."""
+        found = _FOLDER.fullmatch(name)
+        if found is None:
+            return None
+        return cls(fixed=int(found[1])) if found[1] else cls(float(found[2]), int(found[3]), int(found[4]))
+
+    def __str__(self) -> str:
+        if self.fixed is not None:
+            return f"fixed regions {self.fixed}"
+        return f"confidence {self.threshold}, max regions {self.max_boxes}, min regions {self.min_boxes}"
 
     @property
     def folder(self) -> str:

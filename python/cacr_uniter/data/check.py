@@ -72,7 +72,7 @@ def _box_problems(name: str, arrays: dict[str, np.ndarray]) -> list[str]:
     return problems
 
 
-def _check_images(folder: Path, rule: BoxRule, progress: Progress | None) -> CheckReport:
+def _check_images(folder: Path, rule: BoxRule | None, progress: Progress | None) -> CheckReport:
     database = ImageDB(folder, rule)
     report = CheckReport(str(database.folder), "image")
     names, counts, widths = database.names(), list[int](), set[int]()
@@ -140,7 +140,7 @@ def check_database(
     Args:
         folder: a text database (it has meta.json), or an image database or the folder that holds it.
         images: for a text database: the image database that should hold its images.
-        rule: the box rule of an image database.
+        rule: the box rule of the image database; None: what its folder's name says.
         progress: called with (what, done, total) after every record.
 
     Returns:
@@ -154,5 +154,11 @@ def check_database(
     if inside:
         raise UserError(f"{path} holds text databases: check one of {', '.join(map(str, inside))}")
     if (path / "meta.json").is_file() or path.suffix == ".db":
+        if rule is not None and images is None:
+            raise UserError(
+                f"a box rule belongs to an image database, {path} is a text database; give its --images too"
+            )
         return _check_texts(path, None if images is None else ImageDB(images, rule), progress)
-    return _check_images(path, rule or BoxRule(), progress)
+    if images is not None:
+        raise UserError(f"--images belongs to a text database, {path} is an image database; check it alone")
+    return _check_images(path, rule, progress)

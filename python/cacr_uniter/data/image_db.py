@@ -50,16 +50,23 @@ class ImageDB:
     Args:
         folder: the database folder itself, or the folder that holds `feat_...` or `all`; then `rule` chooses, first the
             plain folder, then the compressed one, then `all`, whose records hold every region and are cut on reading.
-        rule: how many regions are used.
+        rule: how many regions are used; it must be the one of the folder's name. None: what the name says; where a
+            folder holds databases, the published rule, or else the only one there is.
         cache_bytes: decoded regions are kept in memory, first come, until they fill this many bytes; not pickled.
 
     Raises:
-        UserError: no such database, or its files are damaged.
+        UserError: no such database, one made by another rule, or its files are damaged.
     """
 
     def __init__(self, folder: str | Path, rule: BoxRule | None = None, cache_bytes: int = 1 << 28) -> None:
-        self.rule = rule or BoxRule()
-        self.folder = self._find(Path(folder))
+        self.folder = self._find(Path(folder), rule)
+        own = BoxRule.of_folder(self.folder.name)
+        if rule is not None and own is not None and own.folder != rule.folder:
+            raise UserError(
+                f"image database {self.folder}: made by another box rule ({own}) than the one wanted by the options or "
+                f"by the run ({rule}); ask for the rule it was made by, or give a database made by the other"
+            )
+        self.rule = rule or own or BoxRule()
         self._reader = Reader(self.folder)
         self._counts = self._read_counts()
         self._feature_dim: int | None = None
@@ -69,16 +76,21 @@ class ImageDB:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cache": {}, "_cache_free": self._cache_bytes}
 
-    def _find(self, root: Path) -> Path:
+    @staticmethod
+    def _find(root: Path, rule: BoxRule | None) -> Path:
         if (root / "data.mdb").is_file():
             return root
-        wanted = [name + suffix for name in (self.rule.folder, "all") for suffix in ("", "_compressed")]
+        there = sorted(path.parent.name for path in root.glob("*/data.mdb"))
+        names = [(rule or BoxRule()).folder, "all"]
+        others = {own.folder for name in there if (own := BoxRule.of_folder(name)) is not None}
+        if rule is None and len(others) == 1:
+            names += others
+        wanted = [name + suffix for name in names for suffix in ("", "_compressed")]
         for name in wanted:
             if (root / name / "data.mdb").is_file():
                 return root / name
         if not root.is_dir():
             raise UserError(f"image database {root}: no such folder")
-        there = sorted(path.parent.name for path in root.glob("*/data.mdb"))
         other = f"; there is {', '.join(there)}, made by another rule" if there else ""
         raise UserError(f"image database {root}: found none of {', '.join(wanted)} with a data.mdb{other}")
 

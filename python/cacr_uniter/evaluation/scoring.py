@@ -8,9 +8,11 @@ from typing import Literal
 
 import numpy as np
 import torch
+import yaml
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cacr_uniter.data.box_rule import BoxRule
 from cacr_uniter.data.dataset import RetrievalDataset
 from cacr_uniter.data.image_db import ImageDB
 from cacr_uniter.data.text_db import TextDB
@@ -20,6 +22,7 @@ from cacr_uniter.model.checkpoint import load_checkpoint
 from cacr_uniter.model.config import UniterConfig
 from cacr_uniter.model.uniter import Output, UniterForRetrieval
 
+RUN_CONFIG = "config.yaml"
 Head = Literal["rank", "itm"]
 Pair = tuple[str, str]
 """Caption id and image name."""
@@ -109,7 +112,11 @@ def _caption_ids(example: Example, dataset: RetrievalDataset) -> tuple[str, str]
 
 
 def open_examples(
-    scenes: Path | None, path: Path | None = None, text: Path | None = None, images: Path | None = None
+    scenes: Path | None,
+    path: Path | None = None,
+    text: Path | None = None,
+    images: Path | None = None,
+    rule: BoxRule | None = None,
 ) -> tuple[RetrievalDataset, list[Example]]:
     """Captions and regions of a Winoground-like set, and its examples.
 
@@ -117,6 +124,7 @@ def open_examples(
         scenes: scene set; it stands for the three others where they are None.
         path: examples, see `read_examples`.
         text, images: databases of the captions and of the region features.
+        rule: of the regions used, see `ImageDB`.
 
     Raises:
         UserError: neither a scene set nor all three, or one of them is missing or damaged.
@@ -125,7 +133,8 @@ def open_examples(
         raise UserError("--checkpoint needs --data DIR of a scene set, or --examples, --text and --images")
     root = scenes or Path()
     examples = read_examples(path or root / "winoground.json")
-    return RetrievalDataset(TextDB(text or root / "txt" / "winoground.db"), ImageDB(images or root / "img")), examples
+    regions = ImageDB(images or root / "img", rule)
+    return RetrievalDataset(TextDB(text or root / "txt" / "winoground.db"), regions), examples
 
 
 def load_model(path: Path, size: str | None, vocab_size: int, img_dim: int, device: torch.device) -> UniterForRetrieval:
@@ -156,6 +165,29 @@ def load_model(path: Path, size: str | None, vocab_size: int, img_dim: int, devi
     model = UniterForRetrieval(config)
     load_checkpoint(model, weights)
     return model.to(device).eval()
+
+
+def run_rule(path: Path) -> BoxRule | None:
+    """The box rule that a checkpoint was trained with, from its run's config.yaml; None where there is none.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    folder = _run_checkpoint(path)
+    if folder is None:
+        return None
+    for config in (folder.parent / RUN_CONFIG, folder.parent.parent / RUN_CONFIG):  # of best/, of checkpoints/step-N/
+        if not config.is_file():
+            continue
+        try:
+            data = yaml.safe_load(config.read_text(encoding="utf-8"))["data"]
+            return BoxRule(data["confidence"], data["max_regions"], data["min_regions"], data["fixed_regions"])
+        except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+            raise UserError(
+                f"{config}: cannot be read as the configuration of a run ({type(error).__name__}); put it right, or "
+                f"give the box rule (--confidence, --max-regions, --min-regions, --fixed-regions)"
+            ) from error
+    return None
 
 
 def _run_checkpoint(path: Path) -> Path | None:

@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from cacr_uniter.data.box_rule import BoxRule
+from cacr_uniter.data.image_db import ImageDBWriter
+from cacr_uniter.data.text_db import TextDBWriter
 from cacr_uniter.training.build import build_accelerator
 from cacr_uniter.training.command import load_config
 from cacr_uniter.training.config import TrainConfig
@@ -64,6 +67,21 @@ def synthetic_source(seed: int = 0, n_images: int = 20, img_dim: int = 12) -> Me
         n_regions,
         image_of,
     )
+
+
+def write_databases(root: Path, rule: BoxRule | None = None) -> Path:
+    """The synthetic pairs in the published formats, under the folder names of a scene set with a validation split."""
+    source = synthetic_source()
+    special = {"UNK": 1, "CLS": 2, "SEP": 3, "MASK": 4}
+    for split in ("train", "val"):
+        with TextDBWriter(root / "txt" / f"{split}.db", special, VOCABULARY, "vocab") as texts:
+            for caption, (row, size) in enumerate(zip(source.texts.tolist(), source.n_text, strict=True)):
+                texts.write(str(caption), row[1 : size + 1], f"{source.image_of[caption]}.npz")
+    with ImageDBWriter(root / "img", rule, dtype="float32") as images:
+        for image, size in enumerate(source.n_regions):
+            norm_bb = source.boxes[image, :size, :6].numpy()
+            images.write(f"{image}.npz", source.features[image, :size].numpy(), norm_bb)
+    return root
 
 
 def small_config(out: Path | str, **fields: Any) -> TrainConfig:
