@@ -263,6 +263,15 @@ def test_recomputed_activations_give_the_same_gradients(model: UniterForRetrieva
         assert torch.equal(value, gradients[1][name]), name
 
 
+def test_scores_are_not_rounded_under_autocast(model: UniterForRetrieval) -> None:
+    """In bfloat16 the scores of a hundred pairs had two dozen values, and ties decide ranks."""
+    batch = make_batch(0, (3, 1, 5, 4) * 25, (2, 4, 3, 1, 5) * 20)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model.eval()(batch)
+    assert output.rank_scores.dtype == output.itm_logits.dtype == torch.float32
+    assert len(output.rank_scores.unique()) == len(output.itm_logits[:, 1].unique()) == 100
+
+
 def test_layer_norm_is_float32_under_autocast(model: UniterForRetrieval) -> None:
     """A row whose variance float16 cannot hold beside eps: in half precision the norm would be wrong."""
     norm = model.uniter.embeddings.LayerNorm

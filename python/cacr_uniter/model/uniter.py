@@ -65,7 +65,8 @@ class UniterModel(nn.Module):
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Returns the pooled vector [B, H] and the input of the last layer [B, S, H].
 
-        Of the last layer's output only [CLS] is computed, which is all that the pooler reads.
+        Of the last layer's output only [CLS] is computed, which is all that the pooler reads. Under autocast the pooler
+        is computed in the dtype of its weights.
 
         Embeddings and layers below `frozen_layers` run without autograd, so none of their activations are kept.
         """
@@ -82,7 +83,8 @@ class UniterModel(nn.Module):
                     hidden = checkpoint(layer, hidden, mask, rows, use_reentrant=False)
                 else:
                     hidden = layer(hidden, mask, rows)
-        return self.pooler(hidden), last_input
+        with torch.autocast(hidden.device.type, enabled=False):  # half precision ties the scores of many pairs
+            return self.pooler(hidden), last_input
 
 
 class UniterForRetrieval(nn.Module):
@@ -134,7 +136,9 @@ class UniterForRetrieval(nn.Module):
             )
         pooled, last_input = self.uniter(batch)
         dtype = torch.promote_types(pooled.dtype, torch.float32)
-        return Output(self.rank_output(pooled).squeeze(-1).to(dtype), self.itm_output(pooled).to(dtype), last_input)
+        with torch.autocast(pooled.device.type, enabled=False):
+            rank_scores, itm_logits = self.rank_output(pooled).squeeze(-1), self.itm_output(pooled)
+        return Output(rank_scores.to(dtype), itm_logits.to(dtype), last_input)
 
     def last_layer_qk(self, last_input: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys of the last encoder layer, recomputed from its input with its own projections.
