@@ -11,12 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from cacr_uniter import cli
 from cacr_uniter.data.dataset import RetrievalDataset
 from cacr_uniter.errors import UserError
 from cacr_uniter.evaluation.examples import Example
 from cacr_uniter.evaluation.scoring import load_model, open_examples, pick_device, score_examples, score_pairs
+from cacr_uniter.evaluation.winoground import read_scores
 from cacr_uniter.model import UniterForRetrieval
 from cacr_uniter.model.checkpoint import export_safetensors
 
@@ -143,6 +145,59 @@ def test_a_weights_file_needs_its_size(world: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             load_model(path, size, vocab, width, cpu)
+
+
+def without(folder: Path, model: UniterForRetrieval, *heads: str) -> list[str]:
+    """A weights file that lacks these heads, and the options that name it."""
+    state = {k: v.clone() for k, v in model.state_dict().items() if not k.startswith(heads)}
+    save_file(state, folder / "headless.safetensors")
+    sizes = {key: value for key, value in model.config.to_dict().items() if key != "img_dim"}
+    (folder / "size.json").write_text(json.dumps(sizes))
+    return ["--checkpoint", str(folder / "headless.safetensors"), "--model-size", str(folder / "size.json")]
+
+
+@pytest.mark.parametrize(
+    ("lost", "head", "message"),
+    [
+        (
+            ("rank_output.", "itm_output."),
+            "rank",
+            "lacks rank_output.weight, rank_output.bias and itm_output, of which",
+        ),
+        (("rank_output.bias", "itm_output."), "rank", "lacks rank_output.bias and itm_output"),
+        (("itm_output.",), "itm", "lacks itm_output.weight, itm_output.bias: the itm head would score at random"),
+        (("itm_output.bias",), "itm", "lacks itm_output.bias: the itm head would score at random"),
+        (("uniter.encoder.layer.1.",), "rank", "does not fit the model (16 tensors missing"),
+    ],
+)
+def test_random_scores_are_not_reported(
+    lost: tuple[str, ...], head: str, message: str, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*without(tmp_path, model_and_data(world)[0], *lost), "--data", str(world / "scenes"), "--head", head]
+    for command in (["winoground"], ["retrieval", "--out", str(tmp_path / "out")]):
+        assert cli.main(["eval", *command, *words]) == 2
+        captured = capsys.readouterr()
+        assert message in captured.err
+        assert captured.out == ""
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_ranking_head_made_of_the_matching_head_is_told(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, dataset, examples = model_and_data(world)
+    words = [*without(tmp_path, model, "rank_output."), "--data", str(world / "scenes"), "--json"]
+    scores = tmp_path / "scores.jsonl"
+    assert cli.main(["eval", "winoground", *words, "--write-scores", str(scores)]) == 0
+    told = capsys.readouterr().err
+    assert "headless.safetensors: " in told
+    assert "ranking head initialised from the match row of the matching head" in told
+    assert "feat_th0.2_max100_min10: confidence 0.2, max regions 100, min regions 10" in told
+    with torch.no_grad():
+        model.rank_output.weight.copy_(model.itm_output.weight[1:2])
+        model.rank_output.bias.copy_(model.itm_output.bias[1:2])
+    found = np.stack([read_scores(scores)[example.id] for example in examples])
+    np.testing.assert_allclose(found, score_examples(model, dataset, examples), atol=1e-6)
 
 
 def test_devices_that_are_not_there_are_refused() -> None:

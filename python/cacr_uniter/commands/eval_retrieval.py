@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
 
 def evaluate(args: argparse.Namespace, rank: int, processes: int) -> dict[str, Any] | None:
     """Scores this process's parts; on process 0 the recalls, on the others None."""
-    from cacr_uniter.commands.progress import bars
+    from cacr_uniter.commands.progress import bars, tell
     from cacr_uniter.data.dataset import RetrievalDataset
     from cacr_uniter.data.image_db import ImageDB
     from cacr_uniter.data.text_db import TextDB
@@ -47,7 +47,10 @@ def evaluate(args: argparse.Namespace, rank: int, processes: int) -> dict[str, A
     text_db = TextDB(text)
     dataset = RetrievalDataset(text_db, ImageDB(images, asked_rule(args) or run_rule(args.checkpoint)))
     device = pick_device(_own_device(args.device, int(os.environ.get("LOCAL_RANK", "0"))))
-    model = load_model(args.checkpoint, args.model_size, text_db.vocab_size, dataset.feature_dim, device)
+    say = tell if rank == 0 else lambda text: None
+    data_sizes = text_db.vocab_size, dataset.feature_dim
+    model = load_model(args.checkpoint, args.model_size, *data_sizes, device, args.head, say)
+    say(f"regions of {dataset.image_db.folder}: {dataset.image_db.rule}")
     limit = args.max_images or len(dataset.image_names)
     number = {name: i for i, name in enumerate(dataset.image_names)}
     chosen = subset([number[dataset.txt2img[key]] for key in dataset.caption_ids], limit)

@@ -66,20 +66,21 @@ def _from_file(args: argparse.Namespace) -> tuple[list[str], Scores, list[Exampl
 
 
 def _from_model(args: argparse.Namespace) -> tuple[list[str], Scores, list[Example]]:
-    from cacr_uniter.commands.progress import bars
+    from cacr_uniter.commands.progress import bars, tell
     from cacr_uniter.evaluation.scoring import load_model, open_examples, pick_device, run_rule, score_examples
 
     rule = asked_rule(args) or run_rule(args.checkpoint)
     dataset, examples = open_examples(args.data, args.examples, args.text, args.images, rule)
     vocab_size = dataset.text_db.vocab_size
-    device = pick_device(args.device or "auto")
-    model = load_model(args.checkpoint, args.model_size, vocab_size, dataset.feature_dim, device)
+    head, device = args.head or "rank", pick_device(args.device or "auto")
+    model = load_model(args.checkpoint, args.model_size, vocab_size, dataset.feature_dim, device, head, tell)
+    tell(f"regions of {dataset.image_db.folder}: {dataset.image_db.rule}")
     with bars() as progress:
         scores = score_examples(
             model,
             dataset,
             examples,
-            args.head or "rank",
+            head,
             args.batch_size or 256,
             lambda done, total: progress("pairs", done, total),
         )

@@ -1,9 +1,15 @@
-"""Progress bars on the error stream, so that standard output holds results only."""
+"""Progress bars and remarks on the error stream, so that standard output holds results only."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+
+def tell(remark: str) -> None:
+    """Prints a remark."""
+    print(remark, file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -137,16 +137,26 @@ def open_examples(
     return RetrievalDataset(TextDB(text or root / "txt" / "winoground.db"), regions), examples
 
 
-def load_model(path: Path, size: str | None, vocab_size: int, img_dim: int, device: torch.device) -> UniterForRetrieval:
+def load_model(
+    path: Path,
+    size: str | None,
+    vocab_size: int,
+    img_dim: int,
+    device: torch.device,
+    head: Head = "rank",
+    say: Callable[[str], None] = lambda text: None,
+) -> UniterForRetrieval:
     """A model from a training run (its folder, or one checkpoint's folder), or from a local weights file.
 
     Args:
         path: folder or file.
         size: for a file: "base", "large" or the path of a configuration JSON; None is "base".
         vocab_size, img_dim: of the data; they must fit the model.
+        head: that will score; a missing ranking head is made from the match row of the matching head.
+        say: told what was loaded.
 
     Raises:
-        UserError: nothing loadable there, or it does not fit the data.
+        UserError: nothing loadable there, it does not fit the data, or it lacks the head.
     """
     folder = _run_checkpoint(path)
     if folder is not None:
@@ -163,7 +173,15 @@ def load_model(path: Path, size: str | None, vocab_size: int, img_dim: int, devi
             f"numbers, the data {vocab_size} and {img_dim}; they must belong together"
         )
     model = UniterForRetrieval(config)
-    load_checkpoint(model, weights)
+    report = load_checkpoint(model, weights)
+    lost = [key for key in report.missing if key.startswith(f"{head}_output.")]
+    if lost:
+        source = " and itm_output, of which it could be made" if head == "rank" else ""
+        raise UserError(
+            f"--checkpoint: {weights} lacks {', '.join(lost)}{source}: the {head} head would score at random; choose a "
+            "head that it has (--head), or fine-tune it first (cacr train)"
+        )
+    say(str(report))
     return model.to(device).eval()
 
 
