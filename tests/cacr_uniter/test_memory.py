@@ -133,6 +133,15 @@ def test_the_memory_limit_names_the_gpu_by_number(monkeypatch: pytest.MonkeyPatc
     assert found == [0.25, index]
 
 
+def test_a_run_on_a_gpu_may_follow_one_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert build_accelerator(small_config(tmp_path).run).device.type == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert build_accelerator(small_config(tmp_path, run__device="cuda").run).device.type == "cuda"
+    monkeypatch.undo()
+    assert build_accelerator(small_config(tmp_path).run).device.type == "cpu"
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_the_memory_limit_caps_the_allocator(tmp_path: Path) -> None:

@@ -38,8 +38,8 @@ def build_accelerator(config: RunConfig) -> Accelerator:
         if config.threads < 1:
             raise UserError(f"run.threads is {config.threads}: give a positive number")
         torch.set_num_threads(config.threads)
-    # Accelerate keeps the precision of the first run of a process; several runs in one process may differ in it.
-    AcceleratorState._reset_state()
+    # Accelerate keeps precision and device of a process's first run; several runs in one process may differ in them.
+    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     accelerator = Accelerator(mixed_precision=PRECISIONS[config.precision], cpu=cpu)
     if (accelerator.device.type == "cpu") != cpu:
         raise UserError(f"an earlier run of this process chose {accelerator.device}: start a new process")
