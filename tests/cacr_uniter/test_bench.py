@@ -200,6 +200,21 @@ def test_results_are_appended_and_read_back(tmp_path):
     assert [r["value"] for r in results.newest(rows, ["what"])] == ["2.5"]
 
 
+def test_a_skipped_row_does_not_replace_a_measured_one():
+    rows = [{"key": key, "status": status} for key, status in (("a", "skipped"), ("a", "oom"), ("a", "skipped"))]
+    assert [row["status"] for row in results.newest([*rows, {"key": "b", "status": "skipped"}], ["key"])] == [
+        "oom",
+        "skipped",
+    ]
+
+
+def test_a_folder_holds_one_device(tmp_path):
+    results.append(tmp_path, "ceilings", [{"device": "NVIDIA A", "what": "copy"}])
+    with pytest.raises(UserError, match="holds results of NVIDIA A, not of NVIDIA B: give another folder with --out"):
+        results.append(tmp_path, "kernels", [{"device": "NVIDIA B", "shape": "tiny"}])
+    assert not (tmp_path / "kernels.csv").exists()
+
+
 def test_other_columns_are_refused(tmp_path):
     (tmp_path / "ceilings.csv").write_text("date,what\n")
     with pytest.raises(UserError, match="other columns"):

@@ -11,6 +11,9 @@ from cacr_uniter.errors import UserError
 
 Row = dict[str, str]
 
+REPORT = "report.json"
+"""What became of the stages of `cacr bench gpu-report`, in the folder of its results."""
+
 PROVENANCE = ("date", "commit", "device", "cacr", "torch", "triton", "cuda", "load")
 SHAPE = ("shape", "batch", "heads", "n_text", "n_vision", "head_dim", "dtype")
 
@@ -39,9 +42,10 @@ COLUMNS: dict[str, tuple[str, ...]] = {
         *("status", "median_ms", "p20_ms", "p80_ms", "repeats", "peak_mb", "limit_mb", "largest_pairs", "note"),
     ),
 }
-"""Columns of ``<name>.csv``. An ``mb`` is 10^6 bytes. ``status`` is ok, oom, wrong, skipped, timeout or error."""
+"""Columns of ``<name>.csv``. An ``mb`` is 10^6 bytes. ``status`` is one of ``STATUSES``."""
 
-STATUSES = ("ok", "oom", "wrong", "skipped", "timeout", "error")
+STATUSES = ("ok", "oom", "wrong", "unchecked", "skipped", "timeout", "error")
+"""``unchecked``: not timed because its float64 reference needs too much memory."""
 
 
 def _text(value: Any) -> str:
@@ -54,10 +58,13 @@ def append(folder: Path, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
     """Appends rows to ``folder/name.csv``; a missing column is empty.
 
     Raises:
-        UserError: the file has other columns, or a row has a column that the file has not.
+        UserError: the file has other columns, a row has a column that the file has not, or the folder's results are of
+            another device.
     """
     path = folder / f"{name}.csv"
     columns = COLUMNS[name]
+    rows = list(rows)
+    _check_device(folder, {str(row["device"]) for row in rows if row.get("device")})
     folder.mkdir(parents=True, exist_ok=True)
     fresh = not path.is_file() or path.stat().st_size == 0
     if not fresh:
@@ -92,12 +99,28 @@ def _check_header(path: Path, name: str) -> None:
         )
 
 
+def _check_device(folder: Path, devices: set[str]) -> None:
+    for path in (folder / f"{name}.csv" for name in COLUMNS):
+        if not path.is_file():
+            continue
+        with path.open(newline="", encoding="utf-8") as file:
+            device = next(csv.DictReader(file), {}).get("device")
+        other = devices - {device}
+        if device and other:
+            raise UserError(f"{path} holds results of {device}, not of {other.pop()}: give another folder with --out")
+
+
 def newest(rows: Iterable[Row], key: Iterable[str]) -> list[Row]:
-    """The last row of every combination of the ``key`` columns, in the order in which they first appeared."""
+    """The last row of every combination of the ``key`` columns, in the order in which they first appeared.
+
+    A row that was skipped says nothing about an earlier one.
+    """
     names = tuple(key)
     found: dict[tuple[str, ...], Row] = {}
     for row in rows:
-        found[tuple(row[name] for name in names)] = row
+        place = tuple(row[name] for name in names)
+        if place not in found or row.get("status") != "skipped":
+            found[place] = row
     return list(found.values())
 
 
