@@ -49,7 +49,7 @@ def pairs() -> tuple[Batch, Tensor, Tensor]:
     """Five ragged pairs with queries and keys [5, 3, S, 4]."""
     source = synthetic_source()
     captions = torch.arange(5).numpy() * 2
-    batch = source.batch(captions, source.image_of[captions])
+    batch = source.pairs(captions, source.image_of[captions]).batch()
     length = batch.input_ids.shape[1] + batch.features.shape[1]
     generator = torch.Generator().manual_seed(3)
     q, k = (torch.randn(5, 3, length, 4, generator=generator) for _ in range(2))

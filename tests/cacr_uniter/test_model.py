@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cacr_uniter.data.batch import Batch, collate
+from cacr_uniter.data.batch import Batch, Pairs, collate
 from cacr_uniter.errors import UserError
 from cacr_uniter.model import UniterConfig, UniterForRetrieval
 
@@ -25,11 +25,15 @@ TINY = UniterConfig(
 )
 
 
-def make_batch(seed: int = 0, lengths: tuple[int, ...] = (3, 1, 5), regions: tuple[int, ...] = (2, 4, 3)) -> Batch:
+def make_pairs(seed: int = 0, lengths: tuple[int, ...] = (3, 1, 5), regions: tuple[int, ...] = (2, 4, 3)) -> Pairs:
     generator = torch.Generator().manual_seed(seed)
     texts = [torch.randint(5, 40, (n,), generator=generator).tolist() for n in lengths]
     images = [(torch.randn(n, 10, generator=generator), torch.rand(n, 7, generator=generator)) for n in regions]
     return collate(texts, images, cls=2, sep=3)
+
+
+def make_batch(seed: int = 0, lengths: tuple[int, ...] = (3, 1, 5), regions: tuple[int, ...] = (2, 4, 3)) -> Batch:
+    return make_pairs(seed, lengths, regions).batch()
 
 
 def pad(batch: Batch, columns: int, regions: int) -> Batch:
@@ -170,7 +174,7 @@ def test_padding_changes_nothing(model: UniterForRetrieval) -> None:
     torch.testing.assert_close(padded.rank_scores, plain.rank_scores, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(padded.itm_logits, plain.itm_logits, rtol=1e-5, atol=1e-5)
     for row in range(len(batch)):
-        alone = model(batch.select([row]).trim())
+        alone = model(make_pairs().batch(slice(row, row + 1)))
         torch.testing.assert_close(alone.rank_scores[0], plain.rank_scores[row], rtol=1e-5, atol=1e-5)
 
 
@@ -178,8 +182,8 @@ def test_regions_begin_at_the_padded_text_width(model: UniterForRetrieval) -> No
     """One image with texts of different lengths: no region may be lost to a shorter last text."""
     model = scrambled(model).eval()
     image = (torch.randn(4, 10), torch.rand(4, 7))
-    together = collate([[5, 6, 7, 8, 9, 10], [11]], [image, image], cls=2, sep=3)
-    alone = collate([[5, 6, 7, 8, 9, 10]], [image], cls=2, sep=3)
+    together = collate([[5, 6, 7, 8, 9, 10], [11]], [image, image], cls=2, sep=3).batch()
+    alone = collate([[5, 6, 7, 8, 9, 10]], [image], cls=2, sep=3).batch()
     torch.testing.assert_close(model(together).rank_scores[0], model(alone).rank_scores[0], rtol=1e-5, atol=1e-5)
     assert together.spans()["vision_start"] == 8
     assert together.spans()["max_n_text"] == 6
@@ -190,7 +194,7 @@ def test_region_order_does_not_matter_but_word_order_does(model: UniterForRetrie
     features, boxes = torch.randn(4, 10), torch.rand(4, 7)
     order = torch.tensor([2, 0, 3, 1])
     images = [(features, boxes), (features[order], boxes[order]), (features, boxes)]
-    scores = model(collate([[5, 6, 7], [5, 6, 7], [7, 6, 5]], images, cls=2, sep=3)).rank_scores
+    scores = model(collate([[5, 6, 7], [5, 6, 7], [7, 6, 5]], images, cls=2, sep=3).batch()).rank_scores
     torch.testing.assert_close(scores[1], scores[0], rtol=1e-5, atol=1e-5)
     assert (scores[2] - scores[0]).abs() > 1e-3
 
@@ -314,16 +318,33 @@ def test_wrong_widths_are_named(model: UniterForRetrieval) -> None:
         model(pad(make_batch(), 30, 0))
 
 
-def test_batch_select_and_trim() -> None:
+def test_batch_select() -> None:
     batch = make_batch()
     chosen = batch.select([1, 1, 0])
     assert chosen.n_text.tolist() == [1, 1, 3]
     assert chosen.input_ids.shape == batch.input_ids.shape
-    trimmed = chosen.trim()
-    assert trimmed.input_ids.shape == (3, 5)
-    assert trimmed.features.shape == (3, 4, 10)
-    assert torch.equal(trimmed.input_ids[2], batch.input_ids[0, :5])
     assert len(batch.select([])) == 0
+
+
+def test_pairs_keep_a_text_and_an_image_once_and_pad_to_the_chosen() -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = [(torch.randn(n, 10, generator=generator).half(), torch.rand(n, 7, generator=generator)) for n in (2, 4)]
+    pairs = collate([[5, 6, 7], [8]], images, cls=2, sep=3, which=[(0, 1), (1, 0), (0, 0), (1, 0)])
+    assert (len(pairs), len(pairs.input_ids), len(pairs.features)) == (4, 2, 2)
+    assert pairs.features.dtype == torch.float16
+    whole = pairs.batch()
+    assert whole.features.dtype == torch.float32
+    assert torch.equal(whole.features[2, :2], images[0][0].float())
+    assert torch.equal(whole.boxes[0], images[1][1])
+    assert whole.n_text.tolist() == whole.text_mask.sum(1).sub(2).tolist() == [3, 1, 3, 1]
+    assert whole.n_regions.tolist() == whole.region_mask.sum(1).tolist() == [4, 2, 2, 2]
+    for rows in (slice(1, 4), torch.tensor([1, 2, 3])):
+        part = pairs.batch(rows)
+        assert part.input_ids.tolist() == [[2, 8, 3, 0, 0], [2, 5, 6, 7, 3], [2, 8, 3, 0, 0]]
+        assert part.features.shape == (3, 2, 10)
+    assert pairs.batch(torch.tensor([3, 1])).input_ids.tolist() == [[2, 8, 3]] * 2
+    assert len(pairs.batch(slice(0, 0))) == 0
+    assert pairs.to("meta").batch(slice(1, 4)).features.shape == (3, 2, 10), "no length is read from the device"
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def test_g_scores_that_half_precision_cannot_tell_apart(tmp_path: Path) -> None:
 def test_h_vanished_probabilities_have_a_finite_loss(loss: str, kind: str) -> None:
     """Scores so far apart that nearly every probability is 0, from half-precision queries and keys."""
     source = synthetic_source()
-    batch = source.batch(np.arange(4), source.image_of[:4])
+    batch = source.pairs(np.arange(4), source.image_of[:4]).batch()
     length = batch.input_ids.shape[1] + batch.features.shape[1]
     torch.manual_seed(0)
     q, k = ((40 * torch.randn(4, 2, length, 8)).half().requires_grad_() for _ in range(2))

@@ -119,7 +119,7 @@ def test_matrix_is_that_of_single_pairs(world, tmp_path: Path) -> None:
     with torch.inference_mode():
         for caption in (0, 5, 17):
             for image in (0, 3, 8):
-                single = model(source.batch(np.array([caption]), np.array([image]))).rank_scores.item()
+                single = model(source.pairs(np.array([caption]), np.array([image])).batch()).rank_scores.item()
                 assert scores[caption, image] == pytest.approx(single, abs=1e-5)
     assert scores.std() > 1e-3
 

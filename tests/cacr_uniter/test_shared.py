@@ -124,7 +124,7 @@ def test_loss_and_gradient_are_those_of_the_groups_one_by_one(tmp_path: Path) ->
     )  # fmt: skip
     portion = next(stepper.portions(0))
     assert portion.last
-    assert len(portion.batch) == 4 * 3, "eight groups of three pairs read twelve pairs"
+    assert len(portion.pairs) == 4 * 3, "eight groups of three pairs read twelve pairs"
     stepper.begin(0)
     sums = stepper.backward(portion)
     found = {name: parameter.grad.clone() for name, parameter in parameters.items() if parameter.grad is not None}
@@ -134,7 +134,7 @@ def test_loss_and_gradient_are_those_of_the_groups_one_by_one(tmp_path: Path) ->
     for group in portion.groups:
         scores = torch.cat(
             [
-                model(source.batch(np.array([c]), np.array([v]))).rank_scores
+                model(source.pairs(np.array([c]), np.array([v])).batch()).rank_scores
                 for c, v in zip(group.captions, group.images)
             ]
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from cacr_uniter.errors import UserError
 from cacr_uniter.training import checkpoint as checkpoints
 from cacr_uniter.training.build import build_accelerator, build_model, model_config
 from cacr_uniter.training.optim import FlatGradients, build_optimizer, decayed, trained_parameters
-from cacr_uniter.training.source import MemorySource, ahead
+from cacr_uniter.training.source import READ_AHEAD_BYTES, MemorySource, ahead
 from cacr_uniter.training.step import Stepper
 from cacr_uniter.training.testing import VOCABULARY, numbers, small_config, small_run, synthetic_source
 
@@ -69,11 +70,11 @@ def test_hard_negatives_are_the_highest_scored_of_the_pool(tmp_path: Path) -> No
     stepper = make_stepper(tmp_path, batch__score_chunk=5)
     stepper.begin(0)
     portion = next(stepper.portions(0))
-    mined = stepper._mine(portion.batch, len(portion.groups))
+    mined = stepper._mine(portion.pairs, len(portion.groups))
     assert stepper.model.training
     stepper.model.eval()
     with torch.no_grad():
-        scores = stepper.model(portion.batch).rank_scores.view(len(portion.groups), -1)
+        scores = stepper.model(portion.pairs.batch()).rank_scores.view(len(portion.groups), -1)
         chosen = stepper.model(mined).rank_scores.view(len(portion.groups), -1)
     torch.testing.assert_close(chosen[:, 0], scores[:, 0])
     hardest = scores[:, 1:].sort(dim=1, descending=True).values[:, :3]
@@ -183,8 +184,8 @@ def test_memory_source_gives_what_it_was_loaded_from() -> None:
     source = synthetic_source()
     copy = MemorySource.load(source, chunk=7)
     captions, images = np.array([3, 0, 39, 3]), np.array([1, 19, 0, 4])
-    for name, value in vars(source.batch(captions, images)).items():
-        assert torch.equal(value, getattr(copy.batch(captions, images), name)), name
+    for name, value in vars(source.pairs(captions, images)).items():
+        assert torch.equal(value, getattr(copy.pairs(captions, images), name)), name
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
@@ -200,6 +201,29 @@ def test_reading_ahead_keeps_order_and_errors(workers: int) -> None:
     with pytest.raises(UserError, match="record 5"):
         seen.extend(ahead(fails, range(50), workers))
     assert seen == list(range(5))
+
+
+@pytest.mark.parametrize(("size", "most"), [(1, 8), (READ_AHEAD_BYTES // 3, 3), (2 * READ_AHEAD_BYTES, 1)])
+def test_reading_ahead_is_bounded_in_bytes(size: int, most: int) -> None:
+    begun: list[int] = []
+
+    def read(item: int) -> int:
+        begun.append(item)
+        return item
+
+    waiting = []
+    for item in ahead(read, range(40), 4, lambda result: size):
+        time.sleep(0.005)
+        waiting.append(len(begun) - 1 - item)
+    assert max(waiting) == most
+
+
+def test_a_pool_keeps_its_one_image_once(tmp_path: Path) -> None:
+    stepper = make_stepper(tmp_path)
+    for portion in stepper.portions(7):
+        images = {int(image) for group in portion.groups for image in group.images}
+        captions = {int(caption) for group in portion.groups for caption in group.captions}
+        assert (len(portion.pairs.features), len(portion.pairs.input_ids)) == (len(images), len(captions))
 
 
 def test_validation_ranks_the_match_and_repeats_itself(tmp_path: Path) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 
-from cacr_uniter.data.batch import Batch, collate
-from cacr_uniter.data.image_db import ImageDB, Regions
+from cacr_uniter.data.batch import Batch, Pairs, collate
+from cacr_uniter.data.image_db import ImageDB
 from cacr_uniter.data.text_db import TextDB
 from cacr_uniter.errors import UserError
 
@@ -80,28 +80,31 @@ class RetrievalDataset:
         """Width of the region features: `img_dim` of the model configuration."""
         return self.image_db.feature_dim
 
-    def batch(self, pairs: Sequence[tuple[str, str]]) -> Batch:
-        """Loads and pads pairs; an image that occurs many times is read once.
+    def pairs(self, pairs: Sequence[tuple[str, str]]) -> Pairs:
+        """Loads and pads pairs; a text or image that occurs many times is read and kept once.
 
         Args:
             pairs: (caption id, image name), any of the databases, matching or not.
 
         Returns:
-            A `Batch` on the CPU in the order of `pairs`.
+            `Pairs` on the CPU in the order of `pairs`.
 
         Raises:
             UserError: an unknown id or name, or a damaged record.
         """
-        texts, regions = self._texts, dict[str, Regions]()
-        for caption_id, image in pairs:
-            if caption_id not in texts:
-                texts[caption_id] = self.text_db.caption(caption_id).input_ids
-            if image not in regions:
-                regions[image] = self.image_db.read(image)
+        texts, images = dict[str, int](), dict[str, int]()
+        which = [(texts.setdefault(c, len(texts)), images.setdefault(i, len(images))) for c, i in pairs]
+        for caption_id in texts.keys() - self._texts.keys():
+            self._texts[caption_id] = self.text_db.caption(caption_id).input_ids
         return collate(
-            [texts[caption_id] for caption_id, _ in pairs],
-            [regions[image] for _, image in pairs],
+            [self._texts[caption_id] for caption_id in texts],
+            [self.image_db.read(image) for image in images],
             self.text_db.cls,
             self.text_db.sep,
             img_dim=None if pairs else self.feature_dim,
+            which=which,
         )
+
+    def batch(self, pairs: Sequence[tuple[str, str]]) -> Batch:
+        """The same as the model reads it, a `Batch` on the CPU."""
+        return self.pairs(pairs).batch()

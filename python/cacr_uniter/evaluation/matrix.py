@@ -109,11 +109,12 @@ def score_blocks(
             progress(done, total)
             continue
         part = np.empty(n_captions * len(images), dtype=np.float32)
+        captions = np.repeat(np.arange(n_captions), len(images))
+        pairs = source.pairs(captions, np.tile(images, n_captions)).to(device)
         for start in range(0, len(part), batch_size):
-            pairs = np.arange(start, min(start + batch_size, len(part)))
-            batch = source.batch(pairs // len(images), images[pairs % len(images)]).to(device)
-            part[pairs] = head_scores(model(batch), head).float().cpu().numpy()
-            progress(done + int(pairs[-1]) + 1, total)
+            rows = slice(start, start + batch_size)
+            part[rows] = head_scores(model(pairs.batch(rows)), head).float().cpu().numpy()
+            progress(done + min(start + batch_size, len(part)), total)
         done += len(part)
         if not np.isfinite(part).all():
             raise UserError("the model's scores are not finite: its training diverged, take an earlier checkpoint")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cacr_uniter.data.batch import Batch
+from cacr_uniter.data.batch import Pairs
 from cacr_uniter.data.dataset import RetrievalDataset
 from cacr_uniter.data.image_db import BoxRule, ImageDB
 from cacr_uniter.data.text_db import TextDB
@@ -34,9 +34,9 @@ class DatasetSource:
         self.n_images = len(number)
         self.img_dim = dataset.feature_dim
 
-    def batch(self, captions: Indices, images: Indices) -> Batch:
+    def pairs(self, captions: Indices, images: Indices) -> Pairs:
         ids, names = self.dataset.caption_ids, self.dataset.image_names
-        return self.dataset.batch([(ids[c], names[i]) for c, i in zip(captions.tolist(), images.tolist(), strict=True)])
+        return self.dataset.pairs([(ids[c], names[i]) for c, i in zip(captions.tolist(), images.tolist(), strict=True)])
 
     def contrasts(self) -> list[Contrast]:
         dataset = self.dataset
@@ -47,7 +47,8 @@ class DatasetSource:
         dataset = self.dataset
         regions = max(dataset.image_db.count(name) for name in dataset.image_names)
         width = max(dataset.text_db.lengths[key] for key in dataset.caption_ids) + 2
-        return 4 * self.n_images * regions * (self.img_dim + 7) + 8 * len(self.image_of) * width
+        number = dataset.image_db.read(dataset.image_names[0]).features.element_size()
+        return self.n_images * regions * (number * self.img_dim + 4 * 7) + 8 * len(self.image_of) * width
 
 
 def resolve(config: DataConfig) -> DataConfig:

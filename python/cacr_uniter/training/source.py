@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import reduce
 from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
 
-from cacr_uniter.data.batch import Batch
+from cacr_uniter.data.batch import Pairs
 from cacr_uniter.training.sampling import Indices
 from cacr_uniter.training.shared import Contrast
+
+#: of results that wait to be used
+READ_AHEAD_BYTES = 1 << 30
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -33,20 +37,20 @@ class PairSource(Protocol):
     img_dim: int
     workers: int
 
-    def batch(self, captions: Indices, images: Indices) -> Batch:
-        """The pairs (captions[i], images[i]), padded to the longest of them."""
+    def pairs(self, captions: Indices, images: Indices) -> Pairs:
+        """The pairs (captions[i], images[i]); every text and image is kept once."""
 
     def contrasts(self) -> list[Contrast]:
         """Pairs of images with captions that are true of one and false of the other."""
 
 
 class MemorySource:
-    """Captions and images as padded tensors: a batch is seven ``index_select``.
+    """Captions and images as padded tensors.
 
     Args:
         texts: [CLS] pieces [SEP] of every caption, padded with 0 [captions, T] int64.
         n_text: their word pieces [captions].
-        features: region features [images, R, img_dim] float32, 0 on padding.
+        features: region features [images, R, img_dim] float16 or float32, 0 on padding.
         boxes: [images, R, 7] float32.
         n_regions: [images].
         image_of: image number of every caption.
@@ -69,22 +73,23 @@ class MemorySource:
         self.texts, self.features, self.boxes = texts, features, boxes
         self.n_text, self.n_regions = n_text, n_regions
         self.image_of, self.n_images, self.img_dim = image_of, len(features), features.shape[-1]
-        self._columns = torch.arange(max(texts.shape[1], features.shape[1]))
 
-    def batch(self, captions: Indices, images: Indices) -> Batch:
-        n_text, n_regions = self.n_text[captions], self.n_regions[images]
-        width, regions = int(n_text.max()) + 2, int(n_regions.max())
-        caption_index, image_index = torch.from_numpy(captions), torch.from_numpy(images)
-        text_count = torch.from_numpy(n_text).to(torch.int32)
-        region_count = torch.from_numpy(n_regions).to(torch.int32)
-        return Batch(
-            input_ids=self.texts[:, :width].index_select(0, caption_index),
-            text_mask=self._columns[:width] < (text_count + 2)[:, None],
-            features=self.features[:, :regions].index_select(0, image_index),
-            boxes=self.boxes[:, :regions].index_select(0, image_index),
-            region_mask=self._columns[:regions] < region_count[:, None],
-            n_text=text_count,
-            n_regions=region_count,
+    def pairs(self, captions: Indices, images: Indices) -> Pairs:
+        texts, caption = np.unique(captions, return_inverse=True)
+        regions, image = np.unique(images, return_inverse=True)
+        n_text, n_regions = (torch.from_numpy(x).to(torch.int32) for x in (self.n_text[texts], self.n_regions[regions]))
+        caption, image = torch.from_numpy(caption), torch.from_numpy(image)
+        width, most = int(n_text.max()) + 2, int(n_regions.max())
+        chosen = torch.from_numpy(regions)
+        return Pairs(
+            input_ids=self.texts[:, :width].index_select(0, torch.from_numpy(texts)),
+            n_text=n_text,
+            features=self.features[:, :most].index_select(0, chosen),
+            boxes=self.boxes[:, :most].index_select(0, chosen),
+            n_regions=n_regions,
+            caption=caption,
+            image=image,
+            sizes=torch.stack([n_text[caption], n_regions[image]], dim=1),
         )
 
     @classmethod
@@ -97,16 +102,16 @@ class MemorySource:
         texts, images = [], []
         for start in range(0, n_captions, chunk):
             part = captions[start : start + chunk]
-            texts.append(source.batch(part, np.full(len(part), source.image_of[part[0]])))
+            texts.append(source.pairs(part, np.full(len(part), source.image_of[part[0]])))
         for start in range(0, source.n_images, chunk):
             part = np.arange(start, min(start + chunk, source.n_images))
-            images.append(source.batch(first[part], part))
+            images.append(source.pairs(first[part], part))
         return cls(
-            texts=_stack([x.input_ids for x in texts]),
-            n_text=np.concatenate([x.n_text.numpy() for x in texts]).astype(np.int64),
-            features=_stack([x.features for x in images]),
-            boxes=_stack([x.boxes for x in images]),
-            n_regions=np.concatenate([x.n_regions.numpy() for x in images]).astype(np.int64),
+            texts=_stack([x.input_ids[x.caption] for x in texts]),
+            n_text=np.concatenate([x.sizes[:, 0].numpy() for x in texts]).astype(np.int64),
+            features=_stack([x.features[x.image] for x in images]),
+            boxes=_stack([x.boxes[x.image] for x in images]),
+            n_regions=np.concatenate([x.sizes[:, 1].numpy() for x in images]).astype(np.int64),
             image_of=source.image_of,
             contrasts=source.contrasts,
         )
@@ -115,7 +120,8 @@ class MemorySource:
 def _stack(parts: list[torch.Tensor]) -> torch.Tensor:
     """Concatenates along 0 after padding dimension 1 with zeros to the widest."""
     width = max(part.shape[1] for part in parts)
-    out = parts[0].new_zeros(sum(len(part) for part in parts), width, *parts[0].shape[2:])
+    dtype = reduce(torch.promote_types, (part.dtype for part in parts))
+    out = torch.zeros(sum(len(part) for part in parts), width, *parts[0].shape[2:], dtype=dtype)
     row = 0
     for part in parts:
         out[row : row + len(part), : part.shape[1]] = part
@@ -123,18 +129,31 @@ def _stack(parts: list[torch.Tensor]) -> torch.Tensor:
     return out
 
 
-def ahead(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
-    """``map``, computed by ``workers`` threads up to 2 ``workers`` items ahead, in order; 0: in place."""
+def ahead(
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    workers: int,
+    size: Callable[[Result], int] = lambda result: 0,
+) -> Iterator[Result]:
+    """``map``, computed by ``workers`` threads up to 2 ``workers`` items ahead, in order; 0: in place.
+
+    ``size`` says the bytes of a result: no more are read ahead than fill ``READ_AHEAD_BYTES``, at the largest result so
+    far, but always one.
+    """
     if workers == 0:
         yield from map(function, items)
         return
+    largest, depth = 0, 1
     with ThreadPoolExecutor(workers) as pool:
         waiting: deque[Future[Result]] = deque()
         try:
             for item in items:
                 waiting.append(pool.submit(function, item))
-                if len(waiting) > 2 * workers:
-                    yield waiting.popleft().result()
+                while len(waiting) > depth:
+                    result = waiting.popleft().result()
+                    largest = max(largest, size(result), 1)
+                    depth = max(1, min(2 * workers, READ_AHEAD_BYTES // largest))
+                    yield result
             while waiting:
                 yield waiting.popleft().result()
         finally:

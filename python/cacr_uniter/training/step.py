@@ -10,13 +10,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from cacr_uniter.data.batch import Batch
+from cacr_uniter.data.batch import Batch, Pairs
 from cacr_uniter.model import UniterForRetrieval
 from cacr_uniter.training.attention import LayerAttention
 from cacr_uniter.training.config import Half, TrainConfig
 from cacr_uniter.training.losses import AuxiliaryLoss, matching_loss
 from cacr_uniter.training.optim import FlatGradients
-from cacr_uniter.training.sampling import Group, Sampler, dropout_seed
+from cacr_uniter.training.sampling import Group, Indices, Sampler, dropout_seed
 from cacr_uniter.training.schedule import auxiliary_weight, learning_rate
 from cacr_uniter.training.shared import SharedSampler
 from cacr_uniter.training.source import PairSource, ahead
@@ -35,14 +35,14 @@ class Portion:
         step: optimizer step, from 0.
         last: whether the step ends with it.
         groups: G groups of equally many pairs.
-        batch: their pairs, each once where groups share them.
-        rows: where the pairs stand in `batch`, group after group [G * pairs].
+        pairs: their pairs, each once where groups share them.
+        rows: where the groups' pairs stand in `pairs`, group after group [G * pairs].
     """
 
     step: int
     last: bool
     groups: list[Group]
-    batch: Batch
+    pairs: Pairs
     rows: Tensor
 
 
@@ -85,7 +85,12 @@ class Stepper:
 
     def portions(self, start: int) -> Iterator[Portion]:
         """The portions of steps ``start`` .. T - 1, read ahead."""
-        return ahead(self._read, self._plan(start), self.source.workers)
+        return ahead(self._read, self._plan(start), self.source.workers, lambda portion: portion.pairs.nbytes)
+
+    def read(self, captions: Indices, images: Indices, source: PairSource | None = None) -> Pairs:
+        """Pairs of a source (default: the training's), in memory that a GPU can fetch them from."""
+        pairs = (source or self.source).pairs(captions, images)
+        return pairs.pin_memory() if self.accelerator.device.type == "cuda" else pairs
 
     def _plan(self, start: int) -> Iterator[tuple[int, bool, list[Group]]]:
         accelerator = self.accelerator
@@ -103,7 +108,7 @@ class Stepper:
         if self.config.batch.mining == "shared":
             pairs, rows = np.unique(captions * self.source.n_images + images, return_inverse=True)
             captions, images = np.divmod(pairs, self.source.n_images)
-        return Portion(step, last, groups, self.source.batch(captions, images), torch.from_numpy(rows))
+        return Portion(step, last, groups, self.read(captions, images), torch.from_numpy(rows))
 
     def begin(self, step: int) -> None:
         """Sets what a step (from 0) depends on: dropout's generator and the learning rate; clears gradients."""
@@ -117,11 +122,8 @@ class Stepper:
 
     def backward(self, portion: Portion) -> Tensor:
         """Adds a portion's gradients. Returns the sums (matching, auxiliary, matched pairs ranked first, groups)."""
-        batch = portion.batch.to(self.accelerator.device, non_blocking=True)
-        rows = portion.rows.to(self.accelerator.device)
-        if self.hard:
-            batch, rows = self._mine(batch, len(portion.groups)), rows[: len(portion.groups) * self.size]
         config = self.config
+        batch, rows = self._batch(portion)
         with self.accelerator.autocast(), self.attention.watch():
             output = self.model(batch)
         scores = output.rank_scores[rows].view(-1, self.size)
@@ -138,6 +140,15 @@ class Stepper:
         return torch.stack(
             [matching.detach(), congruence.detach(), first.float(), first.new_tensor(len(scores)).float()]
         )
+
+    def _batch(self, portion: Portion) -> tuple[Batch, Tensor]:
+        """The pairs with gradient and where the groups' pairs stand in them [G * (1 + K)]; the pools are let go."""
+        device = self.accelerator.device
+        pairs = portion.pairs.to(device, non_blocking=True)
+        if not self.hard:
+            return pairs.batch(), portion.rows.to(device)
+        batch = self._mine(pairs, len(portion.groups))
+        return batch, torch.arange(len(batch), device=device)
 
     def auxiliary_factor(self, step: int) -> float:
         """Factor of the auxiliary loss averaged over matched pairs, at a step counted from 0."""
@@ -156,23 +167,23 @@ class Stepper:
         self.optimizer.step()
 
     @torch.no_grad()
-    def _mine(self, batch: Batch, groups: int) -> Batch:
+    def _mine(self, pairs: Pairs, groups: int) -> Batch:
         """Of every group the matched pair and the highest scored negatives, scored in evaluation mode."""
         self.model.eval()
-        scores = self.score(batch).view(groups, -1)
+        scores = self.score(pairs).view(groups, -1)
         self.model.train()
         hardest = scores[:, 1:].topk(self.size - 1, dim=1, sorted=False).indices + 1
         chosen = torch.cat([torch.zeros_like(hardest[:, :1]), hardest], dim=1)
         chosen = chosen + scores.shape[1] * torch.arange(groups, device=chosen.device)[:, None]
-        return batch.select(chosen.flatten()).trim()
+        return pairs.batch(chosen.flatten())
 
-    def score(self, batch: Batch) -> Tensor:
+    def score(self, pairs: Pairs) -> Tensor:
         """Rank scores [B] in chunks; the caller decides on mode and gradients."""
         chunk = self.config.batch.score_chunk
         with self.accelerator.autocast():
             parts = [
-                self.model(batch.select(range(start, min(start + chunk, len(batch)))).trim()).rank_scores
-                for start in range(0, len(batch), chunk)
+                self.model(pairs.batch(slice(start, start + chunk))).rank_scores
+                for start in range(0, len(pairs), chunk)
             ]
         return torch.cat(parts)
 

@@ -26,11 +26,16 @@ def validate(stepper: Stepper, source: PairSource, config: TrainConfig) -> dict[
     anchors = min(run.validation_anchors, len(source.image_of))
     sampler = Sampler(source.image_of, source.n_images, run.seed, anchors, draws)
     groups = sampler.step_groups(0, ("image", "text"), accelerator.process_index, accelerator.num_processes)
-    batches = ahead(lambda group: source.batch(group.captions, group.images), groups, source.workers)
+    read = ahead(
+        lambda group: stepper.read(group.captions, group.images, source),
+        groups,
+        source.workers,
+        lambda pairs: pairs.nbytes,
+    )
     sums = torch.zeros(2, 3, device=accelerator.device)
     stepper.model.eval()
-    for group, batch in zip(groups, batches, strict=True):
-        scores = stepper.score(batch.to(accelerator.device))
+    for group, pairs in zip(groups, read, strict=True):
+        scores = stepper.score(pairs.to(accelerator.device, non_blocking=True))
         rank = 1 + (~(scores[1:] < scores[0])).sum()  # a score that is no number counts against the match
         sums[int(group.half == "image")] += torch.stack([rank == 1, rank, torch.ones_like(rank)])
     if accelerator.num_processes > 1:
