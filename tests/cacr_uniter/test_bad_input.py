@@ -73,10 +73,25 @@ def refused(capsys: pytest.CaptureFixture[str], words: list[str], message: str) 
         ("eval winoground --scores SOUND/scores.jsonl --breakdown tga", "--breakdown: expected some of split"),
         ("eval winoground --scores SOUND/scores.jsonl --breakdown tag", "--breakdown tag: the examples say nothing"),
         ("eval winoground --scores SOUND/scores.jsonl --images x", "--images belongs to --checkpoint"),
+        ("eval winoground --scores SOUND/scores.jsonl --head itm", "--head belongs to --checkpoint"),
+        ("eval winoground --scores SOUND/scores.jsonl --device cpu", "--device belongs to --checkpoint"),
+        ("eval winoground --scores SOUND/scores.jsonl --batch-size 8", "--batch-size belongs to --checkpoint"),
+        ("eval winoground --scores SOUND/scores.jsonl --max-regions 8", "--max-regions belongs to --checkpoint"),
+        ("eval winoground --scores SOUND/scores.jsonl --data x --examples y", "--data is not read beside --examples"),
+        (
+            "eval winoground --checkpoint x --data x --examples y --text z --images z",
+            "not read beside --examples, --text",
+        ),
+        ("eval winoground --scores SOUND/scores.jsonl --difficulty SOUND/tags.json", "such as '0', got 'x'"),
+        ("eval winoground --scores SOUND/scores.jsonl --difficulty SOUND/none.json", "such as '0', got 'none'"),
         ("eval winoground --scores SOUND/scores.jsonl --write-scores no/x", "--write-scores: there is no folder no"),
         ("eval winoground --scores SOUND/scores.jsonl --data nowhere", "nowhere/winoground.json: cannot be read"),
         ("eval retrieval --checkpoint x --out y --data z --max-images -1", "--max-images: expected a whole number"),
         ("eval retrieval --checkpoint x --out y --data z --block 0", "--block: expected a whole number from 1"),
+        ("eval retrieval --checkpoint x --out y --data z --text t", "give it or --text, not both"),
+        ("eval retrieval --checkpoint x --out y --data z --images t", "give it or --images, not both"),
+        ("eval retrieval --checkpoint x --out y --text z --images z --split test", "--split test belongs to --data"),
+        ("eval retrieval --checkpoint x --out y --images z --split test", "give --data DIR of a scene set, or --text"),
         ("eval retrieval --out y --data z", "the following arguments are required: --checkpoint; see cacr eval"),
         ("data check nowhere", "image database nowhere: no such folder"),
         ("data check SOUND/txt", "SOUND/txt holds text databases: check one of SOUND/txt/train.db, SOUND/txt/val.db"),
@@ -101,6 +116,8 @@ def test_a_mistake_in_the_command(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (sound / "list.yaml").write_text("- 1\n- 2\n")
+    (sound / "tags.json").write_text('{"x": ["Unusual Text"]}')
+    (sound / "none.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
     refused(capsys, words.replace("SOUND", str(sound)).split(), message.replace("SOUND", str(sound)))
     assert not [path for path in tmp_path.rglob("*") if path.is_file()], "something was left"

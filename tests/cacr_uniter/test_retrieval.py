@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+from cacr_uniter.data.box_rule import BoxRule
+from cacr_uniter.data.dataset import RetrievalDataset
+from cacr_uniter.data.lmdb import ImageDB, ImageDBWriter, TextDB, TextDBWriter
 from cacr_uniter.errors import UserError
 from cacr_uniter.evaluation import matrix
 from cacr_uniter.evaluation.retrieval import caption_ranks, image_ranks, recall, subset
 from cacr_uniter.model import UniterConfig, UniterForRetrieval
-from cacr_uniter.training.testing import synthetic_source
+from cacr_uniter.training.testing import synthetic_source, write_databases
 
 IMAGE_OF = np.array([0, 0, 1, 2, 2, 2, 4])
 
@@ -161,3 +164,29 @@ def test_weights_decide_the_identity(world) -> None:
     with torch.no_grad():
         model.rank_output.bias += 1e-3
     assert matrix.weights_digest(model) != before
+
+
+def pairs_on_disk(root: Path, rule: BoxRule | None = None) -> RetrievalDataset:
+    write_databases(root, rule)
+    return RetrievalDataset(TextDB(root / "txt" / "train.db"), ImageDB(root / "img"))
+
+
+def test_contents_decide_the_identity(tmp_path: Path) -> None:
+    """The same names are not enough: other features, other regions of them or other captions are another matrix."""
+    first, moved = pairs_on_disk(tmp_path / "a"), pairs_on_disk(tmp_path / "b")
+    images, captions = matrix.images_digest(first), matrix.captions_digest(first)
+    assert (matrix.images_digest(moved), matrix.captions_digest(moved)) == (images, captions), "wherever they lie"
+    assert matrix.images_digest(pairs_on_disk(tmp_path / "c", BoxRule(fixed=2))) != images
+    with ImageDBWriter(tmp_path / "img", dtype="float32") as writer:
+        for name in first.image_db.names():
+            record = first.image_db.record(name)
+            writer.write(name, record["features"] + (name == "7.npz"), record["norm_bb"])
+    changed = RetrievalDataset(first.text_db, ImageDB(tmp_path / "img"))
+    assert changed.image_names == first.image_names
+    assert matrix.images_digest(changed) != images
+    with TextDBWriter(tmp_path / "texts.db", {"UNK": 1, "CLS": 2, "SEP": 3, "MASK": 4}, 30, "v") as texts:
+        for key in first.caption_ids:
+            pieces, image, _ = first.text_db.caption(key)
+            texts.write(key, pieces[::-1], image)
+    changed = RetrievalDataset(TextDB(tmp_path / "texts.db"), first.image_db)
+    assert matrix.captions_digest(changed) != captions

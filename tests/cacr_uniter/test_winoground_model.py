@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 
 from cacr_uniter import cli
 from cacr_uniter.data.dataset import RetrievalDataset
+from cacr_uniter.data.lmdb import ImageDB, ImageDBWriter
 from cacr_uniter.errors import UserError
 from cacr_uniter.evaluation.examples import Example
 from cacr_uniter.evaluation.scoring import load_model, open_examples, pick_device, score_examples, score_pairs
@@ -218,6 +220,17 @@ def test_retrieval_command_and_its_resumption(world: Path, capsys: pytest.Captur
     again = ["retrieval", "--checkpoint", str(world / "run"), "--data", str(world / "scenes"), "--head", "itm"]
     assert cli.main(["eval", *again, "--out", str(tmp_path / "all"), "--block", "3"]) == 2
     assert "different head" in capsys.readouterr().err
+    shutil.copytree(world / "scenes" / "img", tmp_path / "same")
+    source = ImageDB(world / "scenes" / "img")
+    with ImageDBWriter(tmp_path / "other") as writer:
+        for name in source.names():
+            record = source.record(name)
+            writer.write(name, record["features"][::-1], record["norm_bb"])
+    words = ["--text", str(world / "scenes" / "txt" / "val.db"), "--out", str(tmp_path / "all"), "--block", "3"]
+    retrieval = ["eval", "retrieval", "--checkpoint", str(world / "run"), *words, "--images"]
+    assert cli.main([*retrieval, str(tmp_path / "same")]) == 0, "a copy of the data set goes on"
+    assert cli.main([*retrieval, str(tmp_path / "other")]) == 2
+    assert "different images" in capsys.readouterr().err
 
 
 def test_two_processes_share_the_matrix(

@@ -60,8 +60,8 @@ def evaluate(args: argparse.Namespace, rank: int, processes: int) -> dict[str, A
     identity = matrix.Identity(
         weights=matrix.weights_digest(model),
         head=args.head,
-        captions=matrix.digest(dataset.caption_ids),
-        images=matrix.digest(dataset.image_names),
+        captions=matrix.captions_digest(dataset),
+        images=matrix.images_digest(dataset),
         block=args.block,
     )
     matrix.open_parts(args.out, identity)
@@ -80,10 +80,15 @@ def evaluate(args: argparse.Namespace, rank: int, processes: int) -> dict[str, A
 
 
 def _folders(args: argparse.Namespace) -> tuple[Path, Path]:
+    given = [name for name in ("text", "images") if getattr(args, name) is not None]
     if args.data is not None:
-        return args.data / "txt" / f"{args.split}.db", args.data / "img"
-    if args.text is None or args.images is None:
+        if given:
+            raise UserError(f"--data stands for --text and --images: give it or --{given[0]}, not both")
+        return args.data / "txt" / f"{args.split or 'val'}.db", args.data / "img"
+    if len(given) < 2:
         raise UserError("give --data DIR of a scene set, or --text and --images")
+    if args.split is not None:
+        raise UserError(f"--split {args.split} belongs to --data; --text names the database itself")
     return args.text, args.images
 
 
@@ -121,7 +126,7 @@ def _parser() -> Parser:
     add("--checkpoint", type=Path, required=True, help="folder of a training run or checkpoint, or a weights file")
     add("--out", type=Path, required=True, help="folder of the score parts and recall.json")
     add("--data", type=Path, help="scene set")
-    add("--split", default="val", help="split of the scene set: train, val, winoground (default: val)")
+    add("--split", help="split of the scene set: train, val, winoground (default: val)")
     add("--text", type=Path, help="text database (instead of --data)")
     add("--images", type=Path, help="image database (instead of --data)")
     add("--max-images", type=positive, help="only the first so many images, and their captions")

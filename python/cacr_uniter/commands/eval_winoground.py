@@ -23,7 +23,7 @@ def main(argv: list[str]) -> int:
     ids, scores, examples = _from_file(args) if args.scores else _from_model(args)
     if args.write_scores:
         write_scores(args.write_scores, ids, scores)
-    difficulty = read_difficulty(args.difficulty) if args.difficulty else None
+    difficulty = _difficulty(args.difficulty, ids) if args.difficulty else None
     if difficulty is not None and not examples:
         examples = [Example(key, ("", ""), ("", "")) for key in ids]
     report = summary(scores, breakdowns(examples, difficulty) if examples else None)
@@ -37,6 +37,21 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def _difficulty(path: Path, ids: list[str]) -> dict[str, list[str]]:
+    """Tags of the examples.
+
+    Raises:
+        UserError: the file is wrong, or of other examples.
+    """
+    tags = read_difficulty(path)
+    if not tags.keys() & set(ids):
+        raise UserError(
+            f"difficulty tags {path}: none of the examples has an entry there; expected ids such as {ids[0]!r}, got "
+            f"{next(iter(tags), 'none')!r}; give the tags of these examples"
+        )
+    return tags
+
+
 def _check(args: argparse.Namespace) -> None:
     """Refuses options that do not go together, and a file that could not be written after the work is done."""
     if (args.scores is None) == (args.checkpoint is None):
@@ -45,6 +60,8 @@ def _check(args: argparse.Namespace) -> None:
     idle = [name for name in model_only if getattr(args, name) is not None]
     if args.scores and idle:
         raise UserError(f"--{idle[0].replace('_', '-')} belongs to --checkpoint, --scores needs no model")
+    if args.data and args.examples and (args.scores or (args.text and args.images)):
+        raise UserError("--data is not read beside --examples" + ("" if args.scores else ", --text and --images"))
     if args.write_scores and not args.write_scores.parent.is_dir():
         raise UserError(f"--write-scores: there is no folder {args.write_scores.parent}")
     unknown = [name for name in args.breakdown if name not in BREAKDOWNS]
@@ -67,12 +84,13 @@ def _from_file(args: argparse.Namespace) -> tuple[list[str], Scores, list[Exampl
 
 def _from_model(args: argparse.Namespace) -> tuple[list[str], Scores, list[Example]]:
     from cacr_uniter.commands.progress import bars, tell
-    from cacr_uniter.evaluation.scoring import load_model, open_examples, pick_device, run_rule, score_examples
+    from cacr_uniter.evaluation.scoring import Head, load_model, open_examples, pick_device, run_rule, score_examples
 
     rule = asked_rule(args) or run_rule(args.checkpoint)
     dataset, examples = open_examples(args.data, args.examples, args.text, args.images, rule)
     vocab_size = dataset.text_db.vocab_size
-    head, device = args.head or "rank", pick_device(args.device or "auto")
+    head: Head = args.head or "rank"
+    device = pick_device(args.device or "auto")
     model = load_model(args.checkpoint, args.model_size, vocab_size, dataset.feature_dim, device, head, tell)
     tell(f"regions of {dataset.image_db.folder}: {dataset.image_db.rule}")
     with bars() as progress:

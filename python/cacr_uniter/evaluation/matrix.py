@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from cacr_uniter.data.dataset import RetrievalDataset
 from cacr_uniter.errors import UserError
 from cacr_uniter.evaluation.scoring import Head, head_scores
 from cacr_uniter.model.uniter import UniterForRetrieval
@@ -25,7 +26,10 @@ WAIT_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Identity:
-    """What decides the numbers of a matrix; parts are only taken over from a run with the same."""
+    """What decides the numbers of a matrix; parts are only taken over from a run with the same.
+
+    Weights, captions and images are digests of their contents, so that it does not matter where they lie.
+    """
 
     weights: str
     head: str
@@ -34,9 +38,23 @@ class Identity:
     block: int
 
 
-def digest(lines: list[str]) -> str:
-    """SHA-256 of a list of names."""
-    return hashlib.sha256("\n".join(lines).encode("utf-8")).hexdigest()
+def captions_digest(dataset: RetrievalDataset) -> str:
+    """SHA-256 of the ids and word pieces of all captions."""
+    found = hashlib.sha256(json.dumps([dataset.text_db.cls, dataset.text_db.sep]).encode("utf-8"))
+    for caption in dataset.caption_ids:
+        found.update(json.dumps([caption, dataset.text_db.caption(caption).input_ids]).encode("utf-8"))
+    return found.hexdigest()
+
+
+def images_digest(dataset: RetrievalDataset) -> str:
+    """SHA-256 of the names, region features and boxes of all images, as the box rule cuts them."""
+    found = hashlib.sha256()
+    for name in dataset.image_names:
+        regions = dataset.image_db.read(name)
+        found.update(json.dumps([name, list(regions.features.shape)]).encode("utf-8"))
+        found.update(regions.features.numpy().tobytes())
+        found.update(regions.boxes.numpy().tobytes())
+    return found.hexdigest()
 
 
 def weights_digest(model: UniterForRetrieval) -> str:
