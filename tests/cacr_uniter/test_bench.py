@@ -129,6 +129,46 @@ def test_out_of_memory_is_a_result(monkeypatch):
     assert [row["status"] for row in measure.measure(job("bmm"))] == ["oom"]
 
 
+def test_a_reference_beyond_the_gpu_is_computed_on_the_cpu():
+    class OnGpu:
+        device = torch.device("cuda")
+
+        def double(self):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        def cpu(self):
+            return attn
+
+    attn = torch.randn(1, 2, 8, 8)
+    bmm = contenders.make("bmm", "scores", "scores", "float32", "cpu")
+    want, gradients = measure.reference(bmm, [OnGpu()], 3, True)
+    torch.testing.assert_close(want, contenders.bmm_chain(attn.double(), 3))
+    assert gradients[0].shape == attn.shape
+    assert measure.reference(bmm, [OnGpu()], 3, False)[1] is None
+
+
+def test_without_memory_for_the_reference_nothing_is_timed_and_nothing_is_called_too_large(monkeypatch):
+    def greedy(attn, n_text):
+        raise MemoryError
+
+    made = contenders.Contender(contenders.bmm_chain, greedy)
+    monkeypatch.setattr(measure, "make", lambda *_: made)
+    (row,) = measure.measure(job("bmm"))
+    assert row["status"] == "unchecked"
+    assert "float64 reference does not fit" in row["note"]
+
+
+@pytest.mark.parametrize("variant", ["scores", "qk"])
+def test_the_tuned_closed_form_is_captured_like_its_peers(monkeypatch, variant):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append(options) or function)
+    made = contenders.make("compiled-max", variant, "scores", "float32", "cuda")
+    assert "compiled-max" in contenders.names(variant, "scores", "cuda", "float32")
+    assert made.graph
+    assert made.directions == ("forward", "backward", "both")
+    assert compiled == [{"mode": "max-autotune-no-cudagraphs", "dynamic": False}]
+
+
 def test_the_factored_form_is_the_closed_form():
     inputs = contenders.make_inputs(Shape("s", 2, 3, 4, 9, 8), "float32", "cpu")
     q, k = inputs.q.double(), inputs.k.double()

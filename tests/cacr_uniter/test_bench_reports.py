@@ -6,12 +6,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from cacr_uniter import cli
-from cacr_uniter.benchmark import contenders, gpu_report, numerics, results
+from cacr_uniter.benchmark import ceilings, contenders, gpu_report, numerics, results
 from cacr_uniter.benchmark.ceilings import measure_ceilings
 from cacr_uniter.benchmark.gpu_report import STAGES, Stage, report, run_stage
 from cacr_uniter.benchmark.training_cost import Setting, largest, measure_setting
@@ -23,6 +24,32 @@ def test_ceilings_are_positive_rates():
     found = measure_ceilings("cpu", 0.01, scale=0.05)
     assert set(found) == {"copy", "matmul float32", "matmul bfloat16", "exp"}
     assert all(0 < value < float("inf") for value in found.values())  # how fast is no test on a shared machine
+
+
+@pytest.mark.parametrize(
+    ("capability", "runs", "served"), [((7, 5), True, True), ((7, 5), False, False), ((6, 1), True, False)]
+)
+def test_the_exp_unit_is_measured_where_triton_runs(monkeypatch, capability, runs, served):
+    def exp2_rounds(numbers):
+        if not runs:
+            raise RuntimeError("no code for this card")
+
+    unit = SimpleNamespace(ROUNDS=256, exp2_rounds=exp2_rounds)
+    monkeypatch.setitem(sys.modules, "cacr_uniter.benchmark.exp_unit", unit)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch, "rand", lambda n, device: [0.5] * n)
+    found = ceilings._exp2_rounds(16)
+    assert (found is not None) == served
+    assert not served or found[0] == 16 * 256
+
+
+def test_without_the_exp_unit_a_gpu_computes_exponentials_in_its_cache(monkeypatch):
+    made, rand = [], torch.rand
+    monkeypatch.setattr(ceilings, "_exp2_rounds", lambda n: None)
+    monkeypatch.setattr(ceilings, "l2_bytes", lambda: 1 << 16)
+    monkeypatch.setattr(torch, "rand", lambda n, device: made.append(n) or rand(n))
+    ceilings._exp_rate("cuda", 1 << 22, lambda amount, run: run() and amount)
+    assert made == [(1 << 16) // 8]  # float32 numbers in half of the cache
 
 
 def test_numerics_measure_each_backend_beside_eager():

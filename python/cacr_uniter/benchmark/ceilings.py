@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cacr_uniter.benchmark.timing import timer_for
+from cacr_uniter.benchmark.timing import l2_bytes, timer_for
 
 UNITS = {"copy": "B/s", "exp": "1/s"}
 """Units; a matrix product is in flop/s."""
@@ -21,8 +21,8 @@ def measure_ceilings(device: str, seconds: float = 0.5, scale: float = 1.0, cloc
 
     copy: bytes read plus written by a copy that no cache holds. matmul X: library product of two square matrices in
     precision X (tf32: a GPU's float32 with ten mantissa bits; a float32 product of full precision costs three of them).
-    exp: ``torch.exp`` of float32 numbers that fit in a cache; on a GPU with Triton exp2 of registers, which is what its
-    exp unit can do.
+    exp: ``torch.exp`` of float32 numbers that fit in a cache; on a GPU that Triton can serve exp2 of registers, which
+    is what its exp unit can do.
 
     Args:
         seconds: spent on each.
@@ -64,12 +64,29 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> Callable[[], object]:
 
 
 def _exp_rate(device: str, n: int, rate: Callable[[float, Callable[[], object]], float]) -> float:
-    if device == "cuda" and torch.cuda.get_device_capability() >= (8, 0):
-        from cacr_uniter.benchmark.exp_unit import ROUNDS, exp2_rounds
-
-        numbers = torch.rand(n, device=device)
-        return rate(float(n) * ROUNDS, lambda: exp2_rounds(numbers))
-    numbers = torch.rand(n * torch.get_num_threads() if device == "cpu" else n, device=device)
-    out = torch.empty_like(numbers)
+    registers = _exp2_rounds(n) if device == "cuda" else None
+    if registers is not None:
+        return rate(*registers)
+    if device == "cuda":
+        cached = (l2_bytes() or 1 << 21) // 2
+        numbers = torch.rand(min(n, cached // 4), device=device)  # written in place
+        out = numbers
+    else:
+        numbers = torch.rand(n * torch.get_num_threads(), device=device)
+        out = torch.empty_like(numbers)
     rounds = 64
     return rate(float(len(numbers)) * rounds, lambda: [torch.exp(numbers, out=out) for _ in range(rounds)])
+
+
+def _exp2_rounds(n: int) -> tuple[float, Callable[[], object]] | None:
+    """Exponentials of a call of the exp unit's kernel, and the call; None where Triton cannot run it."""
+    if torch.cuda.get_device_capability() < (7, 0):
+        return None
+    try:
+        from cacr_uniter.benchmark.exp_unit import ROUNDS, exp2_rounds
+
+        numbers = torch.rand(n, device="cuda")
+        exp2_rounds(numbers)
+    except Exception:  # Triton promises nothing before 8.0 and may be missing
+        return None
+    return float(n) * ROUNDS, lambda: exp2_rounds(numbers)

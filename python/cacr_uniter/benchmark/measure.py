@@ -93,7 +93,11 @@ def _measure(job: Job, shape: Shape, contender: Contender, inputs: Inputs) -> It
     row: dict[str, Any] = {"input_mb": sum(x.nbytes for x in leaves) / 1e6, "note": contender.note}
     calls = Calls(contender, leaves, shape.n_text)
     if "time" in job.what:
-        row["loss_error"], row["gradient_error"] = check(calls, contender, leaves, shape)
+        try:
+            row["loss_error"], row["gradient_error"] = check(calls, contender, leaves, shape)
+        except NoReference as error:
+            yield {**row, "direction": "both", "status": "unchecked", "note": str(error)}
+            return
         loss_limit, gradient_limit = TOLERANCE[job.dtype]
         wrong = not row["loss_error"] <= loss_limit
         if row["gradient_error"] is not None:
@@ -132,17 +136,12 @@ class Calls:
         self.leaves = leaves
         self.learning = [x.detach().requires_grad_() for x in leaves]
         self.differentiable = "both" in contender.directions
-        self.own_graphs = contender.own_graphs
 
     def forward(self) -> Tensor:
-        if self.own_graphs:
-            torch.compiler.cudagraph_mark_step_begin()
         with torch.no_grad():
             return self.function(*self.leaves, self.n_text)
 
     def both(self) -> tuple[Tensor, tuple[Tensor, ...]]:
-        if self.own_graphs:
-            torch.compiler.cudagraph_mark_step_begin()
         out = self.function(*self.learning, self.n_text)
         return out.detach(), torch.autograd.grad(out, self.learning, torch.ones_like(out))
 
@@ -163,16 +162,40 @@ def picked(leaves: list[Tensor], shape: Shape) -> tuple[list[int], list[Tensor]]
     return chosen, [x.flatten(0, 1)[chosen].unsqueeze(1) for x in leaves]
 
 
+class NoReference(Exception):
+    """The float64 reference needs more memory than there is."""
+
+
+def reference(
+    contender: Contender, some: list[Tensor], n_text: int, gradients: bool
+) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+    """What a contender must compute, in float64: the result, and the gradients of its sum if asked for.
+
+    On the leaves' device, or on the CPU if a GPU has not enough memory for it.
+
+    Raises:
+        NoReference: neither has enough.
+    """
+    try:
+        wide = [x.double().requires_grad_(gradients) for x in some]
+        want = contender.expected(*wide, n_text)
+        return want.detach(), torch.autograd.grad(want, wide, torch.ones_like(want)) if gradients else None
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        if some[0].device.type == "cpu":
+            raise NoReference(f"its float64 reference does not fit in memory: {str(error)[:120]}") from error
+    return reference(contender, [x.cpu() for x in some], n_text, gradients)
+
+
 def check(calls: Calls, contender: Contender, leaves: list[Tensor], shape: Shape) -> tuple[float, float | None]:
     """Relative errors of the result and of the gradients against float64, on up to three of the problems."""
     chosen, some = picked(leaves, shape)
-    if not calls.differentiable:
-        want = contender.expected(*(x.double() for x in some), shape.n_text)
-        return relative_error(calls.forward().flatten(0, 1)[chosen], want.flatten(0, 1)), None
-    wide = [x.double().requires_grad_() for x in some]
-    want = contender.expected(*wide, shape.n_text)
-    want_gradients = torch.autograd.grad(want, wide, torch.ones_like(want))
-    out, gradients = calls.both()
-    got = torch.cat([g.flatten(0, 1)[chosen].double().flatten() for g in gradients])
-    error = relative_error(got, torch.cat([g.flatten() for g in want_gradients]))
-    return relative_error(out.flatten(0, 1)[chosen], want.detach().flatten(0, 1)), error
+    want, want_gradients = reference(contender, some, shape.n_text, calls.differentiable)
+    if want_gradients is None:
+        out, error = calls.forward(), None
+    else:
+        out, gradients = calls.both()
+        got = torch.cat([g.flatten(0, 1)[chosen].double().flatten() for g in gradients])
+        error = relative_error(got.to(want.device), torch.cat([g.flatten() for g in want_gradients]))
+    return relative_error(out.flatten(0, 1)[chosen].to(want.device), want.flatten(0, 1)), error

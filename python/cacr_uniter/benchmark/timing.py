@@ -79,7 +79,7 @@ def time_cuda(prepare: Prepare, seconds: float, graph: bool) -> Times:
         graph: capture the call once and replay it, so that the host's launches do not count. A call that cannot be
             captured raises.
     """
-    flush = torch.empty(2 * max(_l2_bytes(), 1 << 25), dtype=torch.int8, device="cuda")
+    flush = torch.empty(2 * max(l2_bytes(), 1 << 25), dtype=torch.int8, device="cuda")
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -111,7 +111,8 @@ def time_cuda(prepare: Prepare, seconds: float, graph: bool) -> Times:
     return Times(tuple(before.elapsed_time(after) for before, after in pairs), "graph" if graph else "events")
 
 
-def _l2_bytes() -> int:
+def l2_bytes() -> int:
+    """Bytes of the current GPU's L2 cache; 0 if torch cannot tell."""
     return int(getattr(torch.cuda.get_device_properties(torch.cuda.current_device()), "L2_cache_size", 0))
 
 
