@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cacr_uniter.training.checkpoint import readable_errors
-from cacr_uniter.training.sizes import show_size
+from cacr_uniter.training.sizes import show_size, show_time
 
-#: shares of the run after which a plain line is printed where no terminal can show a bar
-PLAIN_LINES = 20
+#: where no terminal can show a bar: shares of the run after which a plain line is printed, and the most seconds between
+PLAIN_LINES, PLAIN_SECONDS = 20, 60.0
 
 
 def read_log(path: Path, last_step: int) -> list[dict[str, Any]]:
@@ -84,7 +85,9 @@ class RunLog:
 
 
 class Display:
-    """A progress bar with the run's numbers on a terminal, a line now and then elsewhere.
+    """A progress bar with the run's numbers on a terminal, a line at least once a minute elsewhere.
+
+    The time left is that of the remaining steps at the rate since the start, validations and checkpoints included.
 
     Args:
         steps: of the whole run.
@@ -93,7 +96,8 @@ class Display:
     """
 
     def __init__(self, steps: int, done: int, enabled: bool) -> None:
-        self.steps, self.enabled = steps, enabled
+        self.steps, self.enabled, self._start, self._numbers = steps, enabled, done, ""
+        self._began = self._printed = time.monotonic()
         self.console = Console(stderr=True)
         self._bar = enabled and self.console.is_terminal
         self._interval = max(1, steps // PLAIN_LINES)
@@ -103,14 +107,13 @@ class Display:
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            TextColumn("{task.fields[left]}"),
             TextColumn("{task.fields[numbers]}"),
             console=self.console,
             refresh_per_second=2,
             disable=not self._bar,
         )
-        self._task = self._progress.add_task("training", total=steps, completed=done, numbers="")
+        self._task = self._progress.add_task("training", total=steps, completed=done, left="", numbers="")
 
     def __enter__(self) -> Display:
         self._progress.start()
@@ -121,14 +124,19 @@ class Display:
     ) -> None:
         self._progress.stop()
 
-    def update(self, record: dict[str, Any]) -> None:
-        """Shows a training record."""
-        numbers = describe(record)
+    def update(self, done: int, record: dict[str, Any] | None = None) -> None:
+        """Shows that ``done`` steps are done, and the training record of the last one, if it has one."""
+        if not self.enabled:
+            return
+        if record is not None:
+            self._numbers = describe(record)
+        now = time.monotonic()
+        left = f"{show_time((self.steps - done) * (now - self._began) / max(1, done - self._start))} left"
         if self._bar:
-            self._progress.update(self._task, completed=record["step"], numbers=numbers)
-        elif self.enabled and record["step"] >= self._next:
-            self._next += self._interval
-            self.console.print(f"step {record['step']}/{self.steps}  {numbers}", highlight=False, soft_wrap=True)
+            self._progress.update(self._task, completed=done, left=left, numbers=self._numbers)
+        elif (record is not None and done >= self._next) or now - self._printed >= PLAIN_SECONDS:
+            self._next, self._printed = (done // self._interval + 1) * self._interval, now
+            self.say(f"step {done}/{self.steps}  {left}  {self._numbers}")
 
     def say(self, text: str) -> None:
         """A line above the bar."""

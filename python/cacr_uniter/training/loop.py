@@ -153,10 +153,11 @@ class Loop:
         self.stepper.update()
         self._sums = [a + b for a, b in zip(self._sums, (matching, auxiliary, first, groups, norm), strict=True)]
         done = step + 1
-        if done % self.config.run.log_every == 0 or done == self.config.optim.steps:
-            self._record(done)
+        logged = done % self.config.run.log_every == 0 or done == self.config.optim.steps
+        self.display.update(done, self._record(done) if logged else None)
 
-    def _record(self, done: int) -> None:
+    def _record(self, done: int) -> dict[str, Any]:
+        """Writes the training record of the steps since the last one."""
         config = self.config
         matching, auxiliary, first, groups, norm = self._sums
         per_step = config.batch.anchors * len(self.stepper.halves)
@@ -179,7 +180,7 @@ class Loop:
         }
         self._sums = [0.0] * 5
         self.log.write(record)
-        self.display.update(record)
+        return record
 
     def _validate(self, done: int) -> None:
         record: dict[str, Any] = {"event": "validation", "step": done}

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from cacr_uniter.training.best import Best
 from cacr_uniter.training.config import TrainConfig
-from cacr_uniter.training.sizes import show_size
+from cacr_uniter.training.sizes import show_size, show_time
 
 #: the picture beside the page
 CURVES = "report.png"
@@ -68,13 +68,6 @@ def write_report(
     lines += [yaml.safe_dump(config.as_dict(), sort_keys=False).rstrip(), "```", ""]
     _draw(path.with_name(CURVES), trained, [r for r in history if r["event"] != "train"])
     path.write_text("\n".join(lines), encoding="utf-8")
-
-
-def show_time(seconds: float) -> str:
-    """Seconds below two minutes, else minutes, else hours."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _show(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Sizes in bytes, read and written as people write them. Standard library only."""
+"""Sizes in bytes and times, read and written as people write them. Standard library only."""
 
 from __future__ import annotations
 
@@ -30,3 +30,10 @@ def show_size(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:.1f} GB"
+
+
+def show_time(seconds: float) -> str:
+    """Seconds below two minutes, else minutes, else hours."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
