@@ -1,10 +1,14 @@
 """The harness of `cacr bench`: floors, files, refusal of wrong contenders, processes, pictures."""
 
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from cacr_uniter import cli
-from cacr_uniter.benchmark import contenders, measure, pool, results, run, summary, worker
+from cacr_uniter.benchmark import contenders, machine, measure, pool, results, run, summary, worker
 from cacr_uniter.benchmark.machine import provenance, slug
 from cacr_uniter.benchmark.measure import Job
 from cacr_uniter.benchmark.plots import draw
@@ -292,6 +296,54 @@ def test_shapes_are_parsed():
     assert (written.batch, written.heads, written.n_text, written.n_vision, written.head_dim) == (2, 3, 4, 5, 8)
     with pytest.raises(UserError, match="neither"):
         parse_shapes(["2x3"], "quick", "cpu")
+
+
+# the machine
+
+
+def test_two_processors_of_one_name_have_folders_of_their_own(monkeypatch):
+    names = []
+    for details in ("avx512, OpenMP, GNU 12", "avx2, OpenMP, GNU 12", ""):
+        monkeypatch.setattr(machine, "backends", lambda details=details: {"cpu": SimpleNamespace(details=details)})
+        names.append(machine.device_name("cpu"))
+    assert " (AVX-512), " in names[0]
+    assert " (AVX2), " in names[1]
+    assert names[2] == names[1].replace(" (AVX2)", "")
+    assert "-avx-512-" in slug(names[0])
+
+
+def test_results_are_no_changes_of_the_code(tmp_path, monkeypatch):
+    def git(*words):
+        subprocess.run(["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e", *words], check=True)
+
+    code, rows = tmp_path / "code/machine.py", tmp_path / "benchmarks/results/a/kernels.csv"
+    for path in (code, rows):
+        path.parent.mkdir(parents=True)
+        path.write_text("1")
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "--message", "first")
+    monkeypatch.setattr(machine, "__file__", str(code))
+    clean = machine.commit()
+    rows.write_text("2")
+    assert machine.commit() == clean
+    assert "+" not in clean
+    code.write_text("2")
+    assert machine.commit() == clean + "+"
+
+
+def test_cuda_versions_name_driver_and_compiler(monkeypatch):
+    details = {"cuda": SimpleNamespace(details="nvcc 13.0.88 for 90-real")}
+    monkeypatch.setattr(machine, "backends", lambda: details)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert machine.cuda_versions.__wrapped__() in ("13.0, nvcc 13.0.88", f"13.0, driver {driver()}, nvcc 13.0.88")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert machine.cuda_versions.__wrapped__() == ""
+
+
+def driver():
+    path = Path("/sys/module/nvidia/version")
+    return path.read_text().strip() if path.is_file() else ""
 
 
 # the whole command

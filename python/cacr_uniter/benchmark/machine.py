@@ -7,14 +7,23 @@ import platform
 import re
 import subprocess
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
+from cacr_kernels import backends
+
+INSTRUCTION_SETS = {"sse2": "SSE2", "avx2": "AVX2", "avx512": "AVX-512", "neon": "NEON"}
+"""Of the CPU kernels, as their documentation writes them."""
+
 
 def device_name(device: str) -> str:
-    """Name of the processor that computes: the GPU's, or the CPU's with its number of threads."""
+    """Name of the processor that computes: the GPU's, or the CPU's with instruction set and number of threads.
+
+    A hypervisor may give two generations of processors one name; the instruction set tells them apart.
+    """
     if device == "cuda":
         return torch.cuda.get_device_name()
     name = platform.processor() or platform.machine()
@@ -24,7 +33,14 @@ def device_name(device: str) -> str:
             if line.startswith("model name"):
                 name = line.split(":", 1)[1].strip()
                 break
-    return f"{name}, {torch.get_num_threads()} threads"
+    found = backends()["cpu"].details.split(",")[0]
+    kernels = f" ({INSTRUCTION_SETS.get(found, found)})" if found else ""
+    return f"{name}{kernels}, {torch.get_num_threads()} threads"
+
+
+def half_dtype(device: str) -> str:
+    """The 16-bit dtype that matters on a device: bfloat16, on a GPU without it (before 8.0) float16."""
+    return "float16" if device == "cuda" and torch.cuda.get_device_capability() < (8, 0) else "bfloat16"
 
 
 def slug(name: str) -> str:
@@ -41,17 +57,39 @@ def package_version(name: str) -> str:
 
 
 def commit() -> str:
-    """Short hash of the checkout that holds this file, with ``+`` when it has changes; empty outside a checkout."""
+    """Short hash of the checkout that holds this file; empty outside a checkout.
+
+    With ``+`` when it has changes, those of results aside: every measurement makes some.
+    """
     folder = Path(__file__).resolve().parent
     run = ["git", "-C", str(folder)]
     try:
         head = subprocess.run([*run, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, timeout=20)
+        code = [":/", ":(top,exclude)benchmarks/results"]
         state = subprocess.run(
-            [*run, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, timeout=20
+            [*run, "status", "--porcelain", "--untracked-files=no", "--", *code],
+            capture_output=True,
+            text=True,
+            timeout=20,
         )
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return "" if head.returncode else head.stdout.strip() + ("+" if state.stdout.strip() else "")
+
+
+@cache
+def cuda_versions() -> str:
+    """CUDA of torch, the driver's version and the compiler of the CUDA kernels, as far as they can be told."""
+    if torch.version.cuda is None:
+        return ""
+    driver = Path("/sys/module/nvidia/version")
+    compiler = re.match(r"nvcc [\d.]+", backends()["cuda"].details)
+    found = [torch.version.cuda]
+    if driver.is_file():
+        found.append(f"driver {driver.read_text(encoding='utf-8').strip()}")
+    if compiler is not None:
+        found.append(compiler[0])
+    return ", ".join(found)
 
 
 def provenance(device: str) -> dict[str, str]:
@@ -64,6 +102,6 @@ def provenance(device: str) -> dict[str, str]:
         "cacr": package_version("cacr-kernels"),
         "torch": torch.__version__,
         "triton": package_version("triton"),
-        "cuda": torch.version.cuda or "",
+        "cuda": cuda_versions(),
         "load": load,
     }

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from cacr_uniter.benchmark.results import KERNEL_KEY, SHAPE, TRAINING_KEY, Row, newest, read
+from cacr_uniter.benchmark.goals import GOALS_HEAD, goals
+from cacr_uniter.benchmark.results import KERNEL_KEY, REPORT, SHAPE, TRAINING_KEY, Row, newest, read
 
 KERNEL_HEAD = (
     *("shape", "dtype", "from", "kind", "contender", "forward ms", "backward ms", "both ms", "p20-p80"),
-    *("x floor", "bound", "x eager", "extra MB", "loss error", "gradient error", "TFLOP/s"),
+    *("x floor", "bound", "x eager", "extra MB", "loss error", "gradient error", "TFLOP/s", "forward TFLOP/s"),
 )
 
 
@@ -29,7 +31,7 @@ def kernel_table(rows: Iterable[Row]) -> str:
     """One line per contender: times of the three directions; floor, speed-up and rate of forward + backward.
 
     "x floor" is how many times the floor, "x eager" how many times faster than the eager closed form of the same
-    shape, dtype and kind. TFLOP/s counts the least work of the problem.
+    shape, dtype and kind. TFLOP/s counts the least work of the problem, and is of the forward alone in its own column.
     """
     groups: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in newest(rows, KERNEL_KEY):
@@ -46,7 +48,19 @@ def _kernel_line(key: tuple[str, ...], found: dict[str, Row], eager: Row | None)
     front = (shape, dtype, variant, kind, contender)
     if not row.get("median_ms"):
         errors = [number(row.get(name, ""), ".0e") for name in ("loss_error", "gradient_error")]
-        return (*front, *times[:2], row["status"], "", "", row["bound"], "", "", *errors, "")
+        return (
+            *front,
+            *times[:2],
+            row["status"],
+            "",
+            "",
+            row["bound"],
+            "",
+            "",
+            *errors,
+            "",
+            _rate(found.get("forward")),
+        )
     median = float(row["median_ms"])
     faster = ""
     if eager is not None and eager.get("median_ms") and row["direction"] == "both":
@@ -61,8 +75,14 @@ def _kernel_line(key: tuple[str, ...], found: dict[str, Row], eager: Row | None)
         number(row.get("extra_mb", "")),
         number(row.get("loss_error", ""), ".0e"),
         number(row.get("gradient_error", ""), ".0e"),
-        f"{float(row['gflop']) / median:.3g}",
+        _rate(row),
+        _rate(found.get("forward")),
     )
+
+
+def _rate(row: Row | None) -> str:
+    """TFLOP/s of a row, if it was timed."""
+    return f"{float(row['gflop']) / float(row['median_ms']):.3g}" if row and row.get("median_ms") else ""
 
 
 TRAINING_HEAD = (
@@ -89,6 +109,17 @@ def ceilings_table(rows: Iterable[Row]) -> str:
     )
 
 
+def report_table(path: Path) -> str:
+    """What became of the stages of `cacr bench gpu-report`; empty if there was none."""
+    if not path.is_file():
+        return ""
+    stages = json.loads(path.read_text(encoding="utf-8"))
+    lines = [
+        [name, *(str(found.get(key, "")) for key in ("outcome", "seconds", "tests"))] for name, found in stages.items()
+    ]
+    return markdown(("stage", "outcome", "seconds", "tests"), lines)
+
+
 def write_summary(folder: Path, pictures: Iterable[Path]) -> Path:
     """Writes ``folder/README.md`` from the CSV files of the folder and returns its path."""
     kernels, training, ceilings = (read(folder, name) for name in ("kernels", "training", "ceilings"))
@@ -103,6 +134,16 @@ def write_summary(folder: Path, pictures: Iterable[Path]) -> Path:
         )
     if ceilings:
         parts += ["## Ceilings", ceilings_table(ceilings)]
+    met = goals(kernels)
+    if met:
+        parts += [
+            "## Goals",
+            "Those of docs/performance.md, as far as this folder can tell.",
+            markdown(GOALS_HEAD, met),
+        ]
+    stages = report_table(folder / REPORT)
+    if stages:
+        parts += ["## Report", stages]
     parts += [f"![{path.stem}]({path.name})" for path in pictures]
     if kernels:
         loads = [float(row["load"]) for row in kernels if row["load"]]
