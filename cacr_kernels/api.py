@@ -18,7 +18,7 @@ from .arguments import (
     parse_spans,
     reduce_loss,
 )
-from .backends import BACKENDS, choose
+from .backends import BACKENDS, LARGEST_HEAD, choose
 from .ops import congruence
 from .problem import Options, Spans
 from .reference import qk_reference, scores_reference
@@ -218,7 +218,8 @@ def _run(
     parse_reduction(reduction)
     check_choice("backend", backend, ("auto", *BACKENDS))
     x = inputs[0]
-    chosen = choose(backend, variant, x.device.type, x.device.index, x.dtype)
+    wide = variant == "qk" and x.shape[-1] > LARGEST_HEAD
+    chosen = choose(backend, variant, x.device.type, x.device.index, x.dtype, wide)
     if chosen != "reference":
         if chosen == "cpu" and reduction == "mean" and not torch.compiler.is_compiling():
             options = replace(options, expected_grad=1 / max(x.shape[0] * x.shape[1], 1))

@@ -12,6 +12,8 @@ import torch
 
 BACKENDS = ("triton", "cuda", "cpu", "reference")
 
+#: largest head size of fused_cacr_qk on the backend triton
+LARGEST_HEAD = 256
 #: oldest compute capability on which Triton uses tensor cores
 _TRITON_CAPABILITY = (8, 0)
 
@@ -72,7 +74,9 @@ def _cuda_status() -> BackendStatus:
 
 
 @cache
-def _why_not(backend: str, variant: str, device_type: str, device_index: int | None, dtype: torch.dtype) -> str:
+def _why_not(
+    backend: str, variant: str, device_type: str, device_index: int | None, dtype: torch.dtype, wide: bool
+) -> str:
     """The empty string if ``backend`` can serve this input, else the reason it cannot."""
     if backend == "reference":
         return ""
@@ -83,6 +87,8 @@ def _why_not(backend: str, variant: str, device_type: str, device_index: int | N
         return "" if device_type == "cpu" else f"it runs on CPU tensors and the input is on {device_type}"
     if dtype == torch.float64:
         return "float64 is computed by the backends 'cpu' and 'reference' only"
+    if backend == "triton" and wide:
+        return f"q's head size must be at most {LARGEST_HEAD}"
     if backend == "triton" and interpreting():
         return "" if device_type == "cpu" else "TRITON_INTERPRET=1 runs on CPU tensors only"
     if device_type != "cuda":
@@ -97,10 +103,15 @@ def _why_not(backend: str, variant: str, device_type: str, device_index: int | N
     return ""
 
 
-def choose(backend: str, variant: str, device_type: str, device_index: int | None, dtype: torch.dtype) -> str:
-    """The backend that runs ``variant`` ("scores" or "qk"): the one asked for, or the fastest that can for "auto"."""
+def choose(
+    backend: str, variant: str, device_type: str, device_index: int | None, dtype: torch.dtype, wide: bool = False
+) -> str:
+    """The backend that runs ``variant`` ("scores" or "qk"): the one asked for, or the fastest that can for "auto".
+
+    ``wide``: heads of more than LARGEST_HEAD numbers.
+    """
     if backend != "auto":
-        reason = _why_not(backend, variant, device_type, device_index, dtype)
+        reason = _why_not(backend, variant, device_type, device_index, dtype, wide)
         if reason:
             raise ValueError(f"backend={backend!r} cannot run this input: {reason}. See cacr_kernels.backends().")
         return backend
@@ -109,7 +120,7 @@ def choose(backend: str, variant: str, device_type: str, device_index: int | Non
     candidates = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}.get(device_type, ())
     reasons = []
     for candidate in candidates:
-        reason = _why_not(candidate, variant, device_type, device_index, dtype)
+        reason = _why_not(candidate, variant, device_type, device_index, dtype, wide)
         if not reason:
             return candidate
         reasons.append(f"{candidate}: {reason}")

@@ -11,6 +11,7 @@ Registered at import, before anything can be traced; define / impl / register_fa
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 from typing import Any
@@ -45,11 +46,17 @@ def _unpack(problem: tuple[Any, ...]) -> tuple[Spans, Options, float, str]:
     return Spans(text_start, n_text, vision_start, n_vision, table), Options(*options), scale, backend
 
 
+def _device_of(x: Tensor) -> Any:
+    """Kernels launch on the current device: make it that of ``x``."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
 def _forward(variant: str, inputs: list[Tensor], *problem: Any) -> tuple[Tensor, list[Tensor]]:
     *problem_args, needs_grad = problem
     spans, options, scale, backend = _unpack(tuple(problem_args))
     extra = (scale,) if variant == "qk" else ()
-    return getattr(_backend(backend), f"{variant}_forward")(inputs, spans, options, needs_grad, *extra)
+    with _device_of(inputs[0]):
+        return getattr(_backend(backend), f"{variant}_forward")(inputs, spans, options, needs_grad, *extra)
 
 
 def _backward(
@@ -57,7 +64,8 @@ def _backward(
 ) -> list[Tensor]:
     spans, options, scale, backend = _unpack(problem)
     extra = (scale,) if variant == "qk" else ()
-    return getattr(_backend(backend), f"{variant}_backward")(grad_loss, inputs, saved, spans, options, *extra)
+    with _device_of(inputs[0]):
+        return getattr(_backend(backend), f"{variant}_backward")(grad_loss, inputs, saved, spans, options, *extra)
 
 
 def _forward_fake(variant: str, inputs: list[Tensor], *problem: Any) -> tuple[Tensor, list[Tensor]]:

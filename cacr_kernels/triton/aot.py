@@ -15,25 +15,31 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.compiler.compiler import make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from ..problem import Options, Spans
 from .backward_large import large_cross_kernel, large_g_kernel, large_own_kernel, large_v_kernel
-from .common import Block, Scaling, SpanArgs, Work
 from .configs import ARCHITECTURES, BUCKETS, DTYPES, MEASURED, SHARED_LIMIT, Key, Launch, family, plan
 from .forward import large_forward_kernel
+from .host import Problem
 from .products import numbers_kernel, project_kernel
 from .small import small_cross_kernel, small_forward_kernel, small_own_kernel, small_rows_kernel
 from .table import read
 
 SPILL_LIMIT = 64
 KINDS = ("scores", "softmax", "probs")
-TRITON_DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+BLOCKS = ("tt", "tv", "vt", "vv")
 
 KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "numbers": (numbers_kernel, {}),
@@ -104,27 +110,49 @@ class Report:
         return found
 
 
-def argument_type(name: str, dtype: str) -> Any:
-    """Type of a kernel argument by its name, as the launcher would see it (ragged spans)."""
-    if name in ("tt", "tv", "vt", "vv"):
-        return Block(f"*{dtype}", "i32", "i32", "i32", "i32")
-    if name == "spans":
-        return SpanArgs("*i32", *["i32"] * 7)
-    if name == "scaling":
-        return Scaling("fp32", *["i32"] * 4)
+Recorded = tuple[Any, tuple[Any, ...], dict[str, Any]]
+
+
+@contextmanager
+def recording() -> Iterator[list[Recorded]]:
+    """Kernels are not launched inside: the list receives (kernel, arguments, constexpr ones and options)."""
+    found: list[Recorded] = []
+
+    def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        found.append((kernel, args, kwargs))
+
+    with mock.patch.object(JITFunction, "run", record):
+        yield found
+
+
+def as_launched(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], arch: int) -> tuple[Any, ...]:
+    """(options, signature, constants, attributes) with which the launcher would compile for these arguments."""
+    backend = make_backend(GPUTarget("cuda", arch, 32))
+    bound, specialization, rest = create_function_from_signature(kernel.signature, kernel.params, backend)(
+        *args, **kwargs
+    )
+    return kernel._pack_args(backend, kwargs, bound, specialization, rest)
+
+
+def compile_launch(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], arch: int) -> Any:
+    """The kernel compiled for sm_``arch`` as it would be at its launch with these arguments."""
+    options, signature, constants, attributes = as_launched(kernel, args, kwargs, arch)
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options.__dict__)
+
+
+def argument(problem: Problem, dtype: str, name: str) -> Any:
+    """A kernel argument by its name, as the host passes it."""
+    if name in BLOCKS:
+        return problem.blocks[BLOCKS.index(name)]
     if name == "work":
-        return Work("*fp32", *["i32"] * 9)
-    if name in ("loss", "stats", "grad_loss"):
-        return "*fp32"
-    return f"*{dtype}" if name.startswith("grad_") else "i32"
-
-
-def compile_kernel(kernel: Any, types: dict[str, Any], constants: dict[str, Any], arch: int, entry: Launch) -> Any:
-    """The compiled kernel for sm_``arch``: ``types`` by argument name, ``constants`` for the constexpr ones."""
-    signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
-    options = {"num_warps": entry.num_warps, "num_stages": entry.num_stages, "enable_fp_fusion": True}
-    source = ASTSource(kernel, signature, constants, {})
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+        return problem.workspace(1)
+    if name in ("spans", "scaling"):
+        return getattr(problem, name)
+    if name in ("loss", "stats", "grad_loss") or name.startswith("grad_"):
+        kind = getattr(torch, dtype) if name.startswith("grad_") and name != "grad_loss" else torch.float32
+        return torch.empty(1, dtype=kind, device="meta")
+    return 7
 
 
 def inspect(compiled: Any) -> Report:
@@ -143,11 +171,15 @@ def inspect(compiled: Any) -> Report:
 
 def compile_case(case: Case) -> Report:
     kernel, flags = KERNELS[case.kernel]
-    types = {name: argument_type(name, TRITON_DTYPES[case.dtype]) for name in kernel.arg_names}
+    attn = torch.empty(2, 3, 160, 160, dtype=getattr(torch, case.dtype), device="meta")
+    table = torch.empty(2, 4, dtype=torch.int32, device="meta")
+    problem = Problem([attn if case.unit else attn.mT], Spans(0, 60, 60, 100, table), Options(kind=case.kind))  # type: ignore[arg-type]
     entry = case.launch
     constants = {"KIND": case.kind, "DOT": plan(case.arch, case.dtype).dot, "UNIT": case.unit, **flags, **entry.blocks}
-    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    return inspect(compile_kernel(kernel, types, constants, case.arch, entry))
+    named = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    args = tuple(argument(problem, case.dtype, name) for name in kernel.arg_names if name not in named)
+    options = {"num_warps": entry.num_warps, "num_stages": entry.num_stages, "enable_fp_fusion": True}
+    return inspect(compile_launch(kernel, args, {**named, **options}, case.arch))
 
 
 def cases(architectures: list[int], dtypes: list[str], kernels: list[str], kinds: list[str]) -> Iterator[Case]:

@@ -26,6 +26,9 @@ from .common import (
     open_side,
     open_u,
     open_v,
+    plain_problem,
+    plain_scaling,
+    plain_work,
     store_tile,
 )
 from .products import projected_tile
@@ -57,6 +60,9 @@ def large_g_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """G = scale grad_loss dX of one side, one tile [I, J] a program."""
+    tt, tv, vt, vv, spans = plain_problem(tt, tv, vt, vv, spans)
+    scaling = plain_scaling(scaling)
+    work = plain_work(work)
     i_problem = tl.program_id(0) // n_tiles
     i_tile = tl.program_id(0) % n_tiles
     side = open_side(tt, tv, vt, vv, spans, stats, i_problem, n_heads, is_text)
@@ -74,9 +80,7 @@ def large_g_kernel(
         store_tile(open_g(work, side, i_problem), b_dx * g, i, j, BLOCK_I, BLOCK_J)
 
 
-@triton.jit(
-    do_not_specialize=["tt", "tv", "vt", "vv", "spans", "stats", "work", "n_heads", "is_text", "n_tiles_c", "n_tiles"]
-)
+@triton.jit(do_not_specialize=["stats", "n_heads", "is_text", "n_tiles_c", "n_tiles"])
 def large_v_kernel(
     tt,  # Block: S_tt [B, H, T, T]
     tv,  # Block: S_tv [B, H, T, R]
@@ -97,6 +101,8 @@ def large_v_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """V = G F [n_a, n_b] of one side, one tile [I, C] a program."""
+    tt, tv, vt, vv, spans = plain_problem(tt, tv, vt, vv, spans)
+    work = plain_work(work)
     i_problem = tl.program_id(0) // n_tiles
     i_tile = tl.program_id(0) % n_tiles
     side = open_side(tt, tv, vt, vv, spans, stats, i_problem, n_heads, is_text)
@@ -151,6 +157,8 @@ def large_cross_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """dS_ab of one side from dF, tiles [J, C]. Kind "softmax": P (dF - rowsum(P dF)), whole rows in one program."""
+    tt, tv, vt, vv, spans = plain_problem(tt, tv, vt, vv, spans)
+    work = plain_work(work)
     i_problem = tl.program_id(0) // n_tiles
     i_tile = tl.program_id(0) % n_tiles
     side = open_side(tt, tv, vt, vv, spans, stats, i_problem, n_heads, is_text)
@@ -220,6 +228,9 @@ def large_own_kernel(
 
     dS'_aa = F_b^T V_b, with F_b = S_ba [n_b, n_a] and V_b [n_b, n_a] of the other side. One rounding after the sum.
     """
+    tt, tv, vt, vv, spans = plain_problem(tt, tv, vt, vv, spans)
+    scaling = plain_scaling(scaling)
+    work = plain_work(work)
     n_text_tiles = tl.cdiv(spans.n_text, BLOCK_I)
     i_problem = tl.program_id(0) // n_tiles
     i_tile = first + tl.program_id(0) % n_tiles

@@ -14,8 +14,17 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-#: arguments that must not compile a kernel anew when they happen to be 1 or a multiple of 16
-UNSPECIALIZED = ["tt", "tv", "vt", "vv", "spans", "scaling", "grad_loss", "s_g_b", "s_g_h", "stats", "work", "n_heads"]
+#: arguments that must not compile a kernel anew when they happen to be 1 or a multiple of 16 (in tuples: see odd)
+UNSPECIALIZED = ["grad_loss", "s_g_b", "s_g_h", "stats", "n_heads"]
+
+
+def odd(*values: int) -> tuple[int, ...]:
+    """2 x + 3 of every x >= 0, for the ints of a NamedTuple below; the kernels' plain_* functions undo it.
+
+    Triton compiles a kernel anew for ints in tuples that are 1 (Python ints in the kernel then) or multiples of 16,
+    whatever ``do_not_specialize`` says. These are neither.
+    """
+    return tuple(2 * x + 3 for x in values)
 
 
 class Block(NamedTuple):
@@ -95,6 +104,63 @@ class Side(NamedTuple):
     p_n: Any
     s_n: Any
     is_text: Any
+
+
+@triton.jit
+def plain(x):
+    """x of odd(x)."""
+    return (x - 3) >> 1
+
+
+@triton.jit
+def plain_block(block):
+    return Block(block.p, plain(block.s_b), plain(block.s_h), plain(block.s_r), plain(block.s_c))
+
+
+@triton.jit
+def plain_spans(spans):
+    return SpanArgs(
+        spans.table,
+        plain(spans.text_start),
+        plain(spans.n_text),
+        plain(spans.vision_start),
+        plain(spans.n_vision),
+        plain(spans.limit_text),
+        plain(spans.limit_vision),
+        plain(spans.disjoint),
+    )
+
+
+@triton.jit
+def plain_problem(tt, tv, vt, vv, spans):
+    return plain_block(tt), plain_block(tv), plain_block(vt), plain_block(vv), plain_spans(spans)
+
+
+@triton.jit
+def plain_scaling(scaling):
+    return Scaling(
+        scaling.projection_scale,
+        plain(scaling.projection_mean),
+        plain(scaling.row_mean),
+        plain(scaling.text),
+        plain(scaling.vision),
+    )
+
+
+@triton.jit
+def plain_work(work):
+    return Work(
+        work.p,
+        plain(work.s_problem),
+        plain(work.n_text),
+        plain(work.n_vision),
+        plain(work.u_text),
+        plain(work.u_vision),
+        plain(work.v_text),
+        plain(work.v_vision),
+        plain(work.g_text),
+        plain(work.g_vision),
+    )
 
 
 @triton.jit

@@ -10,12 +10,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import load_spans, load_tile, open_side, open_u, row_tile
+from .common import load_spans, load_tile, open_side, open_u, plain_problem, plain_scaling, plain_work, row_tile
 from .products import projected_tile
 from .rows import rows_finish, rows_start, rows_update, side_scale, store_rows, target_logits
 
 
-@triton.jit(do_not_specialize=["tt", "tv", "vt", "vv", "spans", "scaling", "loss", "stats", "work", "n_heads"])
+@triton.jit(do_not_specialize=["loss", "stats", "n_heads"])
 def large_forward_kernel(
     tt,  # Block: S_tt [B, H, T, T]
     tv,  # Block: S_tv [B, H, T, R]
@@ -36,6 +36,9 @@ def large_forward_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """Loss and row numbers of one tile of rows of one side."""
+    tt, tv, vt, vv, spans = plain_problem(tt, tv, vt, vv, spans)
+    scaling = plain_scaling(scaling)
+    work = plain_work(work)
     i_problem, is_text, i = row_tile(spans, BLOCK_I)
     side = open_side(tt, tv, vt, vv, spans, stats, i_problem, n_heads, is_text)
     scale, weight, active = side_scale(scaling, side)

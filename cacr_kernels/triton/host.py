@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..problem import Options, Spans, block_limits
-from .common import Block, Scaling, SpanArgs, Work
+from .common import Block, Scaling, SpanArgs, Work, odd
 from .configs import BUCKETS, INTERPRETER, Plan
 from .products import project_kernel
 from .table import scores_plan
@@ -29,17 +29,14 @@ class Problem:
     def __init__(self, inputs: list[Tensor], spans: Spans, options: Options) -> None:
         first = inputs[0]
         near = [x if addressable(x) else x.contiguous() for x in inputs]
-        self.blocks = [Block(x, *x.stride()) for x in (near * 4 if len(near) == 1 else near)]
+        self.blocks = [Block(x, *odd(*x.stride())) for x in (near * 4 if len(near) == 1 else near)]
         self.n_text, self.n_vision = spans.n_text, spans.n_vision
         limit_text, limit_vision, disjoint = block_limits(inputs)
         starts = (spans.text_start, spans.n_text, spans.vision_start, spans.n_vision)
-        self.spans = SpanArgs(spans.table, *starts, limit_text, limit_vision, int(disjoint))
+        self.spans = SpanArgs(spans.table, *odd(*starts, limit_text, limit_vision, int(disjoint)))
         self.scaling = Scaling(
             float(options.projection_scale),
-            int(options.projection_mean),
-            int(options.row_mean),
-            int(options.text),
-            int(options.vision),
+            *odd(int(options.projection_mean), int(options.row_mean), int(options.text), int(options.vision)),
         )
         self.n_heads = first.shape[1]
         self.count = first.shape[0] * first.shape[1]
@@ -49,7 +46,7 @@ class Problem:
         #: of the small path; None: spans are large
         self.bucket = next((bucket for bucket in BUCKETS if longest <= bucket), None)
         self.kind = options.kind
-        self.flags: dict[str, Any] = {"DOT": self.plan.dot, "UNIT": all(block.s_c == 1 for block in self.blocks)}
+        self.flags: dict[str, Any] = {"DOT": self.plan.dot, "UNIT": all(x.stride(-1) == 1 for x in near)}
 
     @property
     def empty(self) -> bool:
@@ -67,7 +64,7 @@ class Problem:
         """``size`` float32 numbers a problem, and where U, V (by side) and G begin in them."""
         p = torch.empty(self.count * size, dtype=torch.float32, device=self.device)
         names = ("u_text", "u_vision", "v_text", "v_vision", "g_text", "g_vision")
-        return Work(p, size, self.n_text, self.n_vision, *(offsets.get(name, 0) for name in names))
+        return Work(p, *odd(size, self.n_text, self.n_vision, *(offsets.get(name, 0) for name in names)))
 
     def launch(self, kernel: Any, name: str, programs: int, *args: Any, **flags: Any) -> None:
         """Launch ``kernel`` as the table says for ``name``, on ``programs`` programs a problem."""

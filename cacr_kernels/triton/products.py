@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import dot, load_factor, load_tile, open_side, open_u, row_tile, store_tile
+from .common import dot, load_factor, load_tile, open_side, open_u, plain_problem, plain_work, row_tile, store_tile
 
 
 @triton.jit
@@ -75,7 +75,7 @@ def row_softmax_numbers(
     tl.store(m.p_n + m.s_n + o_i, tl.where(o_i < m.n_r, b_l, 0.0), mask=o_i < n_bound)
 
 
-@triton.jit(do_not_specialize=["tt", "tv", "vt", "vv", "spans", "stats", "n_heads"])
+@triton.jit(do_not_specialize=["stats", "n_heads"])
 def numbers_kernel(
     tt,  # Block: S_tt [B, H, T, T]
     tv,  # Block: S_tv [B, H, T, R]
@@ -90,6 +90,7 @@ def numbers_kernel(
     BLOCK_J: tl.constexpr,
 ):
     """Kind "softmax": maxima and sums of exp of one tile of rows, of its own and of its cross block."""
+    tt, tv, vt, vv, spans = plain_problem(tt, tv, vt, vv, spans)
     i_problem, is_text, i = row_tile(spans, BLOCK_I)
     side = open_side(tt, tv, vt, vv, spans, stats, i_problem, n_heads, is_text)
     n_bound = tl.where(is_text, spans.n_text, spans.n_vision)
@@ -97,9 +98,7 @@ def numbers_kernel(
     row_softmax_numbers(side.cross, i, n_bound, UNIT, DOT, BLOCK_I, BLOCK_J)
 
 
-@triton.jit(
-    do_not_specialize=["tt", "tv", "vt", "vv", "spans", "stats", "work", "n_heads", "is_text", "n_tiles_c", "n_tiles"]
-)
+@triton.jit(do_not_specialize=["stats", "n_heads", "is_text", "n_tiles_c", "n_tiles"])
 def project_kernel(
     tt,  # Block: S_tt [B, H, T, T]
     tv,  # Block: S_tv [B, H, T, R]
@@ -120,6 +119,8 @@ def project_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """Large spans: U = F S_bb [n_a, n_b] of one side, one tile a program."""
+    tt, tv, vt, vv, spans = plain_problem(tt, tv, vt, vv, spans)
+    work = plain_work(work)
     i_problem = tl.program_id(0) // n_tiles
     i_tile = tl.program_id(0) % n_tiles
     side = open_side(tt, tv, vt, vv, spans, stats, i_problem, n_heads, is_text)

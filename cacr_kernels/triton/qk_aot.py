@@ -15,18 +15,14 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
 
 from ..problem import Options, Spans
 from . import qk_problem
-from .aot import Report, inspect
+from .aot import Recorded, Report, compile_launch, inspect, recording
 from .configs import ARCHITECTURES, MEASURED, Key, Launch, family
 from .qk_host import qk_backward, qk_forward
 from .qk_launch import bucket
@@ -35,10 +31,8 @@ from .table import read, trying
 HEAD_SIZES = (32, 64, 80, 96, 128, 256)
 DTYPES = ("float32", "float16", "bfloat16")
 KINDS = ("scores", "softmax")
-_POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32"}
 #: constexpr flags under which one forward and backward starts a kernel twice
 _VARIANTS = ("SQUARE", "COLUMNS")
-_OPTIONS = ("num_warps", "num_stages")
 
 
 @dataclass(frozen=True)
@@ -64,59 +58,25 @@ class Case:
 QUICK = [Case(86, "float32", 64, "scores"), Case(86, "float16", 64, "softmax")]
 
 
-def launches(case: Case) -> dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+def launches(case: Case) -> dict[str, Recorded]:
     """Every launch of one forward and backward by name: kernel, arguments, constexpr and options."""
-    found: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {}
-
-    def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        name = kernel.fn.__name__.removesuffix("_kernel").removeprefix("qk_")
-        variant = "".join(f" {flag.lower()}" for flag in _VARIANTS if kwargs.get(flag))
-        found[name + variant] = kernel, args, kwargs
-
     q = torch.empty(2, 4, 256, case.d, dtype=getattr(torch, case.dtype), device="meta")
     k = torch.empty(2, 2, 256, case.d, dtype=q.dtype, device="meta")
     table = torch.empty(2, 4, dtype=torch.int32, device="meta")
     problem = (Spans(0, 128, 0, 128, table), Options(kind=case.kind))  # type: ignore[arg-type]
     with (
         trying(dict(case.entries)) if case.entries else nullcontext(),
-        mock.patch.object(JITFunction, "run", record),
         mock.patch.object(qk_problem, "architecture", return_value=case.arch),
+        recording() as recorded,
     ):
         _, saved = qk_forward([q, k], *problem, True, 0.125)
         qk_backward(torch.empty(2, 4, device="meta"), [q, k], saved, *problem, 0.125)
+    found = {}
+    for kernel, args, kwargs in recorded:
+        name = kernel.fn.__name__.removesuffix("_kernel").removeprefix("qk_")
+        variant = "".join(f" {flag.lower()}" for flag in _VARIANTS if kwargs.get(flag))
+        found[name + variant] = kernel, args, kwargs
     return found
-
-
-def specialise(value: Any, specialised: bool, path: tuple[int, ...], constants: dict, attributes: dict) -> Any:
-    """Type of an argument as the launcher sees it; constants and divisibility by 16 are noted under ``path``."""
-    if isinstance(value, tuple):
-        inner = [specialise(v, specialised, (*path, i), constants, attributes) for i, v in enumerate(value)]
-        return type(value)(*inner) if hasattr(value, "_fields") else tuple(inner)
-    if value is None or (specialised and isinstance(value, int) and value == 1):
-        constants[path] = value
-        return "constexpr"
-    if specialised and (isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0)):
-        attributes[path] = [["tt.divisibility", 16]]
-    if isinstance(value, torch.Tensor):
-        return _POINTERS[value.dtype]
-    return "fp32" if isinstance(value, float) else "i32"
-
-
-def compile_launch(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any], arch: int) -> Any:
-    """The compiled kernel of one recorded launch."""
-    constants: dict[tuple[int, ...], Any] = {}
-    attributes: dict[tuple[int, ...], Any] = {}
-    signature: dict[str, Any] = {}
-    for i, parameter in enumerate(kernel.params):
-        if parameter.is_constexpr:
-            signature[parameter.name] = "constexpr"
-            constants[(i,)] = kwargs[parameter.name]
-        else:
-            specialised = not parameter.do_not_specialize
-            signature[parameter.name] = specialise(args[i], specialised, (i,), constants, attributes)
-    options = {name: kwargs[name] for name in _OPTIONS if name in kwargs} | {"enable_fp_fusion": True}
-    source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
 def faults(case: Case, name: str, report: Report) -> list[str]:

@@ -12,7 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .qk_tiles import first_row, narrow, open_head, open_rows, operand
+from .common import plain_spans
+from .qk_tiles import first_row, narrow, open_head, open_rows, operand, rows_dot
 
 
 @triton.jit
@@ -50,7 +51,7 @@ def row_weight(grad, s_gb, s_gh, i_b, i_h, n, ROW_MEAN: tl.constexpr):
     return weight
 
 
-@triton.jit(do_not_specialize=["s_gb", "s_gh", "spans", "n_tokens", "heads", "group", "tiles_text"])
+@triton.jit(do_not_specialize=["s_gb", "s_gh", "n_tokens", "heads", "group", "tiles_text"])
 def qk_columns_kernel(
     q,
     k,
@@ -82,6 +83,7 @@ def qk_columns_kernel(
     UPCAST: tl.constexpr,
 ):
     """BLOCK_N columns of one side: tiles are held transposed, [BLOCK_N, BLOCK_M]."""
+    spans = plain_spans(spans)
     i_bh = tl.program_id(0).to(tl.int64)
     i_tile = tl.program_id(1)
     i_b = i_bh // heads
@@ -119,14 +121,14 @@ def qk_columns_kernel(
         )
         o_u = (row_u + o_m)[:, None] * D + o_d[None, :]
         b_u = operand(tl.load(u_hi + o_u, mask=mask_md, other=0.0), UPCAST)
-        b_x = tl.dot(b_q_cols, tl.trans(b_u), input_precision=PRECISION)
+        b_x = rows_dot(b_q_cols, b_u, None, True, PRECISION)
         if PAIR:
             b_u_lo = operand(tl.load(u_lo + o_u, mask=mask_md, other=0.0), UPCAST)
-            b_x = tl.dot(b_q_cols, tl.trans(b_u_lo), b_x, input_precision=PRECISION)
+            b_x = rows_dot(b_q_cols, b_u_lo, b_x, True, PRECISION)
         if SCALED:
             b_exp = tl.load(u_exp + row_u + o_m, mask=mask_m, other=1.0)
             b_x *= b_exp[None, :]
-        b_y = tl.dot(b_k_cols, tl.trans(b_q), input_precision=PRECISION) * y_scale
+        b_y = rows_dot(b_k_cols, b_q, None, True, PRECISION) * y_scale
         m_x, r_x, c_x, m_y, r_y, c_y = load_rows(stats + o_m, rows, mask_m)
         # rows beyond the span need no mask: their U and Q are 0 and the tile stays finite
         b_dx, b_dy = tile_gradients(
@@ -159,7 +161,7 @@ def gradient_dot(b_grad, b_operand, acc, WIDE: tl.constexpr, PRECISION: tl.const
     return acc
 
 
-@triton.jit(do_not_specialize=["s_gb", "s_gh", "spans", "n_tokens", "heads", "group", "tiles_text"])
+@triton.jit(do_not_specialize=["s_gb", "s_gh", "n_tokens", "heads", "group", "tiles_text"])
 def qk_rows_kernel(
     q,
     k,
@@ -191,6 +193,7 @@ def qk_rows_kernel(
     UPCAST: tl.constexpr,
 ):
     """BLOCK_M rows of one side."""
+    spans = plain_spans(spans)
     i_bh = tl.program_id(0).to(tl.int64)
     i_tile = tl.program_id(1)
     i_b = i_bh // heads
@@ -235,12 +238,12 @@ def qk_rows_kernel(
         b_k = operand(tl.load(p_k + o_n[:, None] * k.s_r + o_d[None, :] * k.s_c, mask=mask_nd, other=0.0), UPCAST)
         if not PAIR:
             b_q -= b_first[None, :]  # in dX Q too: the rows of dX sum to 0
-        b_x = tl.dot(b_u, tl.trans(b_q), input_precision=PRECISION)
+        b_x = rows_dot(b_u, b_q, None, False, PRECISION)
         if PAIR:
-            b_x = tl.dot(b_u_lo, tl.trans(b_q), b_x, input_precision=PRECISION)
+            b_x = rows_dot(b_u_lo, b_q, b_x, False, PRECISION)
         if SCALED:
             b_x *= b_exp[:, None]
-        b_y = tl.dot(b_q_rows, tl.trans(b_k), input_precision=PRECISION)
+        b_y = rows_dot(b_q_rows, b_k, None, False, PRECISION)
         # a column beyond the span gets -1e30: probability and gradient exactly 0
         b_floor = tl.where(mask_n, 0.0, -1e30)[None, :]
         b_dx, b_dy = tile_gradients(

@@ -10,10 +10,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .common import plain_spans
 from .qk_tiles import narrow, open_head, open_rows, rows_times_matrix
 
 
-@triton.jit(do_not_specialize=["spans", "n_tokens", "heads", "group"])
+@triton.jit(do_not_specialize=["n_tokens", "heads", "group"])
 def qk_finish_q_kernel(
     k,  # Block [B, Hk, N, D]
     du,  # float32 [B, H, N, D]
@@ -36,6 +37,7 @@ def qk_finish_q_kernel(
     UPCAST: tl.constexpr,
 ):
     """grad_q = dX^T U + c dY K_a + dU_a M_a^T + K_a dC_a for BLOCK_M positions of one query head."""
+    spans = plain_spans(spans)
     i_bh = tl.program_id(0).to(tl.int64)
     i_b = i_bh // heads
     first = tl.program_id(1) * BLOCK_M
@@ -64,7 +66,7 @@ def qk_finish_q_kernel(
     tl.store(out + o_md, narrow(acc, out.dtype.element_ty, UPCAST), mask=(o_m < n_tokens)[:, None] & (o_e < D)[None, :])
 
 
-@triton.jit(do_not_specialize=["spans", "n_tokens", "key_heads", "group"])
+@triton.jit(do_not_specialize=["n_tokens", "key_heads", "group"])
 def qk_finish_k_kernel(
     q,  # Block [B, H, N, D]
     k,  # Block [B, Hk, N, D]
@@ -87,6 +89,7 @@ def qk_finish_k_kernel(
     UPCAST: tl.constexpr,
 ):
     """grad_k = sum of c dY^T Q_a + Q_a dC_a^T + K_a (dW_a + dW_a^T) over the query heads of one key head, in order."""
+    spans = plain_spans(spans)
     i_bk = tl.program_id(0).to(tl.int64)
     i_b = i_bk // key_heads
     i_k = i_bk % key_heads

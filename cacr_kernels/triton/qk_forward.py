@@ -13,7 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .qk_tiles import first_row, open_head, open_rows, operand
+from .common import plain_spans
+from .qk_tiles import first_row, open_head, open_rows, operand, rows_dot
 from .rows import rows_finish, rows_start, rows_update
 
 
@@ -39,7 +40,7 @@ def store_rows(stats, spans, i_bh, is_text, o_m, mask_m, m_x, l_x, s_x, m_y, l_y
         tl.store(p + 7 * rows, tl.zeros_like(m_x), mask=mask)
 
 
-@triton.jit(do_not_specialize=["spans", "n_tokens", "heads", "group", "tiles_text"])
+@triton.jit(do_not_specialize=["n_tokens", "heads", "group", "tiles_text"])
 def qk_forward_kernel(
     q,  # Block [B, H, N, D]
     k,  # Block [B, Hk, N, D]
@@ -63,6 +64,7 @@ def qk_forward_kernel(
     UPCAST: tl.constexpr,
 ):
     """The six numbers of BLOCK_M rows of one side."""
+    spans = plain_spans(spans)
     i_bh = tl.program_id(0).to(tl.int64)
     i_tile = tl.program_id(1)
     i_b = i_bh // heads
@@ -99,20 +101,19 @@ def qk_forward_kernel(
         b_k = operand(tl.load(p_k + o_n[:, None] * k.s_r + o_d[None, :] * k.s_c, mask=mask_nd, other=0.0), UPCAST)
         if not PAIR:
             b_q -= b_first[None, :]
-        # the dot has the form of the backward's: rows near one-hot amplify any difference between the two X
-        b_x = tl.dot(b_u, tl.trans(b_q), input_precision=PRECISION)
+        b_x = rows_dot(b_u, b_q, None, False, PRECISION)
         if PAIR:
-            b_x = tl.dot(b_u_lo, tl.trans(b_q), b_x, input_precision=PRECISION)
+            b_x = rows_dot(b_u_lo, b_q, b_x, False, PRECISION)
         if SCALED:
             b_x *= b_exp[:, None]
-        b_y = tl.dot(b_q_rows, tl.trans(b_k), input_precision=PRECISION)
+        b_y = rows_dot(b_q_rows, b_k, None, False, PRECISION)
         m_x, l_x, s_x, m_y, l_y, s_y, c = rows_update(
             m_x, l_x, s_x, m_y, l_y, s_y, c, b_x, b_y * y_scale, mask_n[None, :], True
         )
     store_rows(stats, spans, i_bh, is_text, o_m, mask_m, m_x, l_x, s_x, m_y, l_y, s_y, c, False)
 
 
-@triton.jit(do_not_specialize=["spans", "heads"])
+@triton.jit(do_not_specialize=["heads"])
 def qk_loss_kernel(
     stats,  # float32 [B, H, 8, n_text + n_vision]
     loss,  # float32 [B, H]
@@ -124,6 +125,7 @@ def qk_loss_kernel(
     ROW_MEAN: tl.constexpr,
 ):
     """loss = sum over sides of the rows' KL, in a fixed order; NaN for an example with invalid spans."""
+    spans = plain_spans(spans)
     i_bh = tl.program_id(0).to(tl.int64)
     rows = spans.n_text + spans.n_vision
     _, n_text, n_vision, valid = open_rows(spans, i_bh // heads, True)

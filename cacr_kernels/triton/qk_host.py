@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..problem import Options, Spans
-from .qk_launch import LARGEST_HEAD
 from .qk_scores import scores_qk_backward, scores_qk_forward
 from .qk_softmax import softmax_qk_backward, softmax_qk_forward
 
@@ -18,11 +17,6 @@ def qk_forward(
     Saved, float32: row numbers [B, H, 8, n_text + n_vision]; kind "scores": D x D products [B, H, 2, 3, D, D] too.
     """
     q, k = inputs
-    if q.shape[-1] > LARGEST_HEAD:
-        raise ValueError(
-            f"q's head size must be at most {LARGEST_HEAD} on backend 'triton'; got {q.shape[-1]}: "
-            "use backend='reference'"
-        )
     forward = softmax_qk_forward if options.kind == "softmax" else scores_qk_forward
     return forward(q, k, spans, options, needs_grad, scale)
 

@@ -16,8 +16,6 @@ from . import configs
 
 #: tokens summed by one program of the Gram kernel; longer spans are summed in chunks, then over the chunks
 GRAM_CHUNK = 1024
-#: largest head size of the launch table
-LARGEST_HEAD = 256
 
 
 class Launch(NamedTuple):

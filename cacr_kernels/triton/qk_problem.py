@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from ..problem import Options, Spans
-from .common import Block, SpanArgs
+from .common import Block, SpanArgs, odd
 from .qk_forward import qk_loss_kernel
 from .qk_launch import Launch, block_d
 from .qk_wide import Factors, qk_wide_forward_kernel, qk_wide_gradient_kernel
@@ -37,9 +37,8 @@ class QKProblem:
         # block b is inner to the other side: text (0) is needed for the vision side, vision (1) for the text side
         self.first_block = 0 if options.vision else 1
         self.n_blocks = options.text + options.vision
-        self.span_args = SpanArgs(
-            spans.table, spans.text_start, spans.n_text, spans.vision_start, spans.n_vision, self.n, self.n, 1
-        )
+        bounds = (spans.text_start, spans.n_text, spans.vision_start, spans.n_vision)
+        self.span_args = SpanArgs(spans.table, *odd(*bounds, self.n, self.n, 1))
 
     def launch(self, kernel: str) -> Launch:
         return qk_plan(kernel, self.q.device, self.arch, self.q.dtype, self.d)
@@ -66,6 +65,7 @@ def architecture(device: torch.device) -> int:
 
 
 def block(x: Tensor) -> Block:
+    """Strides as they are: columns next to each other and rows of whole 16 numbers are worth a kernel of their own."""
     return Block(x, *x.stride())
 
 

@@ -14,10 +14,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .common import plain_spans
 from .qk_tiles import narrow, open_head, open_rows, operand, rows_times_matrix
 
 
-@triton.jit(do_not_specialize=["spans", "s_chunk", "heads", "group", "chunks", "chunk_tokens", "first_block"])
+@triton.jit(do_not_specialize=["s_chunk", "heads", "group", "chunks", "chunk_tokens", "first_block"])
 def qk_gram_kernel(
     x,  # Block [B, Hx, N, D]
     y,  # Block [B, H, N, D]
@@ -39,6 +40,7 @@ def qk_gram_kernel(
     UPCAST: tl.constexpr,
 ):
     """X^T Y (and X^T X) over one chunk of one span's tokens, for one [BLOCK_E, BLOCK_F] tile of the result."""
+    spans = plain_spans(spans)
     i_bh = tl.program_id(0).to(tl.int64)
     i_block = first_block + tl.program_id(1) // chunks
     i_chunk = tl.program_id(1) % chunks
@@ -80,7 +82,7 @@ def qk_gram_kernel(
         tl.store(out + D * D + o_out, acc_square, mask=mask_out)
 
 
-@triton.jit(do_not_specialize=["spans", "heads", "first_block"])
+@triton.jit(do_not_specialize=["heads", "first_block"])
 def qk_mix_kernel(
     products,  # float32 [B, H, 2, 3, D, D]: C_b, W_b and, written here, M_a = alpha C_b W_b
     spans,  # SpanArgs
@@ -95,6 +97,7 @@ def qk_mix_kernel(
     PRECISION: tl.constexpr,
 ):
     """M = alpha C W for BLOCK_M rows of one head and block."""
+    spans = plain_spans(spans)
     i_bh = tl.program_id(0).to(tl.int64)
     i_block = first_block + tl.program_id(1)
     o_m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -116,7 +119,7 @@ def projection_factor(alpha, n_inner, MEAN: tl.constexpr):
     return alpha
 
 
-@triton.jit(do_not_specialize=["spans", "n_tokens", "heads", "tiles_text"])
+@triton.jit(do_not_specialize=["n_tokens", "heads", "tiles_text"])
 def qk_project_kernel(
     q,  # Block [B, H, N, D]
     products,  # float32 [B, H, 2, 3, D, D]
@@ -137,6 +140,7 @@ def qk_project_kernel(
     UPCAST: tl.constexpr,
 ):
     """log2(e) U = log2(e) Q_a M_a for BLOCK_M rows of one side, in q's dtype: a hi + lo pair if that has 16 bits."""
+    spans = plain_spans(spans)
     i_bh = tl.program_id(0).to(tl.int64)
     i_tile = tl.program_id(1)
     i_b = i_bh // heads
@@ -170,7 +174,7 @@ def qk_project_kernel(
         tl.store(u_lo + o_u, narrow(b_u - b_hi.to(tl.float32), u_lo.dtype.element_ty, UPCAST), mask=mask_u)
 
 
-@triton.jit(do_not_specialize=["spans", "heads", "first_block"])
+@triton.jit(do_not_specialize=["heads", "first_block"])
 def qk_chain_kernel(
     products,  # float32 [B, H, 2, 3, D, D]: C, W, M
     grad_m,  # float32 [B, H, 2, D, D]: dM_a, stored with side a
@@ -187,6 +191,7 @@ def qk_chain_kernel(
     PRECISION: tl.constexpr,
 ):
     """dC_b = alpha dM_a W_b^T and dW_b + dW_b^T = alpha (C_b^T dM_a + dM_a^T C_b), for BLOCK_M rows of one block."""
+    spans = plain_spans(spans)
     i_bh = tl.program_id(0).to(tl.int64)
     i_block = first_block + tl.program_id(1)
     o_m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)

@@ -11,13 +11,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .common import plain_spans
 from .qk_products import projection_factor
 from .qk_softmax_forward import probabilities, row_softmax_numbers
 from .qk_tiles import chunked_product, open_head, open_rows
 from .qk_wide import open_factor
 
 
-@triton.jit(do_not_specialize=["spans", "heads", "tiles_text"])
+@triton.jit(do_not_specialize=["heads", "tiles_text"])
 def qk_inner_sums_kernel(
     p,  # float32 [B, H, 2 T R], compact: P_ab
     w,  # the same layout: W
@@ -29,6 +30,7 @@ def qk_inner_sums_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """r_k = sum_i P_ab[i, k] W[i, k] for BLOCK_M tokens k of block b."""
+    spans = plain_spans(spans)
     i_bh = tl.program_id(0).to(tl.int64)
     i_tile = tl.program_id(1)
     b_is_text = i_tile < tiles_text
@@ -47,7 +49,7 @@ def qk_inner_sums_kernel(
     tl.store(sums + o_out, acc, mask=mask_k)
 
 
-@triton.jit(do_not_specialize=["spans", "heads", "tiles_text"])
+@triton.jit(do_not_specialize=["heads", "tiles_text"])
 def qk_cross_scores_kernel(
     p,  # float32 [B, H, 2 T R], compact: P_ab
     w,  # W
@@ -59,6 +61,7 @@ def qk_cross_scores_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """dS_ab = P_ab o (dP_ab - rowsum(P_ab o dP_ab)) with dP_ab = W + Z, for BLOCK_M rows."""
+    spans = plain_spans(spans)
     i_bh = tl.program_id(0).to(tl.int64)
     i_tile = tl.program_id(1)
     is_text = i_tile < tiles_text
@@ -82,7 +85,7 @@ def qk_cross_scores_kernel(
         tl.store(p_z + o, tl.load(p_p + o, mask=mask, other=0.0) * (b_dp - b_sum[:, None]), mask=mask)
 
 
-@triton.jit(do_not_specialize=["spans", "n_tokens", "heads", "group", "tiles_text"])
+@triton.jit(do_not_specialize=["n_tokens", "heads", "group", "tiles_text"])
 def qk_cross_gradient_kernel(
     x,  # Block [B, H or Hk, N, D]: k for rows, q for COLUMNS
     ds,  # float32 [B, H, 2 T R], compact: dS_ab
@@ -101,6 +104,7 @@ def qk_cross_gradient_kernel(
     PRECISION: tl.constexpr,
 ):
     """dq_a += c dS_ab K_b, or dk_b += c dS_ab^T Q_a: tiles count the tokens that are written."""
+    spans = plain_spans(spans)
     i_bh = tl.program_id(0).to(tl.int64)
     i_tile = tl.program_id(1)
     i_b = i_bh // heads
@@ -133,7 +137,7 @@ def qk_cross_gradient_kernel(
     tl.store(out + o_out, tl.load(out + o_out, mask=mask_out, other=0.0) + acc * scale, mask=mask_out)
 
 
-@triton.jit(do_not_specialize=["spans", "n_tokens", "heads", "group", "tiles_text"])
+@triton.jit(do_not_specialize=["n_tokens", "heads", "group", "tiles_text"])
 def qk_inner_gradient_kernel(
     q,  # Block [B, H, N, D]
     k,  # Block [B, Hk, N, D]
@@ -160,6 +164,7 @@ def qk_inner_gradient_kernel(
     UPCAST: tl.constexpr,
 ):
     """dq_b += c dS_bb K_b, or dk_b += c dS_bb^T Q_b, with dS_bb = P_bb o (P_ab^T V - r) recomputed tile by tile."""
+    spans = plain_spans(spans)
     i_bh = tl.program_id(0).to(tl.int64)
     i_tile = tl.program_id(1)
     i_b = i_bh // heads

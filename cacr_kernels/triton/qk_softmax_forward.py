@@ -12,6 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .common import plain_spans
 from .qk_products import projection_factor
 from .qk_tiles import chunked_product, open_head, open_rows
 from .qk_wide import open_factor
@@ -35,7 +36,7 @@ def probabilities(b_s, numbers, s_n, o_r, mask_r, AXIS: tl.constexpr):
         return tl.exp2(b_s - b_m[None, :]) * b_l[None, :]
 
 
-@triton.jit(do_not_specialize=["spans", "heads", "group", "tiles_text"])
+@triton.jit(do_not_specialize=["heads", "group", "tiles_text"])
 def qk_numbers_kernel(
     q,  # Block [B, H, N, D]
     k,  # Block [B, Hk, N, D]
@@ -53,6 +54,7 @@ def qk_numbers_kernel(
     UPCAST: tl.constexpr,
 ):
     """Maximum and sum of exp of BLOCK_M rows of S_ab (third grid index 0) or S_aa (1); zeros beyond the span."""
+    spans = plain_spans(spans)
     i_bh = tl.program_id(0).to(tl.int64)
     i_tile = tl.program_id(1)
     own = tl.program_id(2) == 1
@@ -86,7 +88,7 @@ def qk_numbers_kernel(
     tl.store(p + s_n, tl.where(mask_m, b_l, 0.0), mask=mask)
 
 
-@triton.jit(do_not_specialize=["spans", "heads", "group", "tiles_text"])
+@triton.jit(do_not_specialize=["heads", "group", "tiles_text"])
 def qk_probabilities_kernel(
     q,
     k,
@@ -105,6 +107,7 @@ def qk_probabilities_kernel(
     UPCAST: tl.constexpr,
 ):
     """One tile of P_ab."""
+    spans = plain_spans(spans)
     i_bh = tl.program_id(0).to(tl.int64)
     i_tile = tl.program_id(1)
     i_b = i_bh // heads
@@ -127,7 +130,7 @@ def qk_probabilities_kernel(
     tl.store(p + o_m[:, None] * s_r + o_n[None, :], b_p, mask=mask_m[:, None] & mask_n[None, :])
 
 
-@triton.jit(do_not_specialize=["spans", "heads", "group", "tiles_text"])
+@triton.jit(do_not_specialize=["heads", "group", "tiles_text"])
 def qk_mixed_kernel(
     q,
     k,
@@ -150,6 +153,7 @@ def qk_mixed_kernel(
     UPCAST: tl.constexpr,
 ):
     """factor A P_bb, or factor A P_bb^T if TRANSPOSED: one tile, P_bb recomputed from q and k."""
+    spans = plain_spans(spans)
     i_bh = tl.program_id(0).to(tl.int64)
     i_tile = tl.program_id(1)
     i_b = i_bh // heads

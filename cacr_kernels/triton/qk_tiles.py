@@ -43,6 +43,47 @@ def operand(x, UPCAST: tl.constexpr):
 
 
 @triton.jit
+def split_tf32(x):
+    """float32 x = hi + lo, hi a tf32 number."""
+    hi = tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return hi, x - hi
+
+
+@triton.jit
+def rows_dot(b_l, b_r, acc, SWAPPED: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + L R^T [M, N] for L [M, K], R [N, K]; SWAPPED: the transpose of R L^T, equal to that one in every bit.
+
+    Rows of X near one-hot amplify any difference between the X of the forward and of a backward that holds its tiles
+    transposed. Products commute and every dot sums over K in the same order, so what is left is the order of the three
+    tf32 products. "ieee" is the interpreter, whose matrix library sums R L^T and L R^T differently.
+    """
+    if PRECISION == "ieee":
+        if SWAPPED:
+            out = tl.trans(tl.dot(b_r, tl.trans(b_l), input_precision="ieee"))
+        else:
+            out = tl.dot(b_l, tl.trans(b_r), input_precision="ieee")
+        if acc is not None:
+            out = acc + out
+    elif b_l.dtype == tl.float32:
+        l_hi, l_lo = split_tf32(b_l)
+        r_hi, r_lo = split_tf32(b_r)
+        if SWAPPED:
+            out = tl.dot(l_hi, tl.trans(r_lo), input_precision="tf32")
+            out = tl.dot(l_lo, tl.trans(r_hi), out, input_precision="tf32")
+        else:
+            out = tl.dot(l_lo, tl.trans(r_hi), input_precision="tf32")
+            out = tl.dot(l_hi, tl.trans(r_lo), out, input_precision="tf32")
+        out = tl.dot(l_hi, tl.trans(r_hi), out, input_precision="tf32")
+        if acc is not None:
+            out = acc + out
+    elif acc is not None:
+        out = tl.dot(b_l, tl.trans(b_r), acc)
+    else:
+        out = tl.dot(b_l, tl.trans(b_r))
+    return out
+
+
+@triton.jit
 def chunked_product(
     left,  # row 0 of L [rows, width]
     s_ln,
@@ -62,8 +103,9 @@ def chunked_product(
     UPCAST: tl.constexpr,
     CENTRE_L: tl.constexpr = False,  # row 0 of L is taken off its rows
     CENTRE_R: tl.constexpr = False,
+    SWAPPED: tl.constexpr = False,
 ):
-    """L R^T [BLOCK_L, BLOCK_R] in chunks of BLOCK_K columns."""
+    """L R^T [BLOCK_L, BLOCK_R] in chunks of BLOCK_K columns; SWAPPED as in :func:`rows_dot`."""
     acc = tl.zeros([BLOCK_L, BLOCK_R], tl.float32)
     for f in tl.range(0, width, BLOCK_K):
         o_f = f + tl.arange(0, BLOCK_K)
@@ -72,13 +114,13 @@ def chunked_product(
             left + o_l[:, None] * s_ln + o_f[None, :] * s_ld, mask=mask_l[:, None] & mask_f[None, :], other=0.0
         )
         b_r = tl.load(
-            right + o_f[:, None] * s_rd + o_r[None, :] * s_rn, mask=mask_f[:, None] & mask_r[None, :], other=0.0
+            right + o_r[:, None] * s_rn + o_f[None, :] * s_rd, mask=mask_r[:, None] & mask_f[None, :], other=0.0
         )
         if CENTRE_L:
             b_l -= tl.load(left + o_f * s_ld, mask=mask_f, other=0.0)[None, :]
         if CENTRE_R:
-            b_r -= tl.load(right + o_f * s_rd, mask=mask_f, other=0.0)[:, None]
-        acc = tl.dot(operand(b_l, UPCAST), operand(b_r, UPCAST), acc, input_precision=PRECISION)
+            b_r -= tl.load(right + o_f * s_rd, mask=mask_f, other=0.0)[None, :]
+        acc = rows_dot(operand(b_l, UPCAST), operand(b_r, UPCAST), acc, SWAPPED, PRECISION)
     return acc
 
 

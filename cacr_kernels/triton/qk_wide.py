@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from .common import plain_spans
 from .qk_backward import load_rows, row_weight, tile_gradients
 from .qk_forward import store_rows
 from .qk_tiles import chunked_product, open_head, open_rows
@@ -56,7 +57,7 @@ def open_outer(f, q, p_q, spans, i_bh, is_text, n_b, D: tl.constexpr, COMPACT: t
         return p_q, q.s_r, q.s_c, D
 
 
-@triton.jit(do_not_specialize=["spans", "n_tokens", "heads", "group", "tiles_text"])
+@triton.jit(do_not_specialize=["n_tokens", "heads", "group", "tiles_text"])
 def qk_wide_forward_kernel(
     q,  # Block [B, H, N, D]
     k,  # Block [B, Hk, N, D]
@@ -77,6 +78,7 @@ def qk_wide_forward_kernel(
     UPCAST: tl.constexpr,
 ):
     """The six numbers of BLOCK_M rows of one side."""
+    spans = plain_spans(spans)
     i_bh = tl.program_id(0).to(tl.int64)
     i_tile = tl.program_id(1)
     i_b = i_bh // heads
@@ -108,7 +110,7 @@ def qk_wide_forward_kernel(
     store_rows(stats, spans, i_bh, is_text, o_m, mask_m, m_x, l_x, s_x, m_y, l_y, s_y, c, COMPACT)
 
 
-@triton.jit(do_not_specialize=["s_gb", "s_gh", "spans", "n_tokens", "heads", "group", "tiles_text"])
+@triton.jit(do_not_specialize=["s_gb", "s_gh", "n_tokens", "heads", "group", "tiles_text"])
 def qk_wide_gradient_kernel(
     q,
     k,
@@ -142,6 +144,7 @@ def qk_wide_gradient_kernel(
 
     Tiles of COLUMNS are held transposed, so that either way the outputs are tile times [BLOCK_N, BLOCK_O].
     """
+    spans = plain_spans(spans)
     i_bh = tl.program_id(0).to(tl.int64)
     i_tile = tl.program_id(1)
     i_b = i_bh // heads
@@ -173,11 +176,11 @@ def qk_wide_gradient_kernel(
         if COLUMNS:
             b_x = chunked_product(
                 p_f, s_fr, s_fc, o_m, mask_m, p_u, s_ur, 1, o_n, mask_n, width,
-                BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, False, CENTRE_L=not COMPACT,
+                BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, False, CENTRE_L=not COMPACT, SWAPPED=True,
             )  # fmt: skip
             b_y = chunked_product(
                 p_k, k.s_r, k.s_c, o_m, mask_m, p_q, q.s_r, q.s_c, o_n, mask_n, D,
-                BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, UPCAST,
+                BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, UPCAST, SWAPPED=True,
             )  # fmt: skip
             n_m_x, n_r_x, n_c_x, n_m_y, n_r_y, n_c_y = load_rows(stats + o_n, rows, mask_n)
             b_dx, b_dy = tile_gradients(

@@ -29,6 +29,9 @@ from .common import (
     open_gradient,
     open_side,
     open_v,
+    plain_problem,
+    plain_scaling,
+    plain_work,
     row_tile,
     store_tile,
 )
@@ -67,7 +70,7 @@ def row_gradients(
     return b_dx, target_gradient(b_dy, b_s, KIND)
 
 
-@triton.jit(do_not_specialize=["tt", "tv", "vt", "vv", "spans", "scaling", "loss", "stats", "n_heads"])
+@triton.jit(do_not_specialize=["loss", "stats", "n_heads"])
 def small_forward_kernel(
     tt,  # Block: S_tt [B, H, T, T]
     tv,  # Block: S_tv [B, H, T, R]
@@ -88,6 +91,8 @@ def small_forward_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """Loss and row numbers: sum_j (p_j - q_j) (d_j - E_q[d]) a row, d = (x - m_x) - (y - m_y)."""
+    tt, tv, vt, vv, spans = plain_problem(tt, tv, vt, vv, spans)
+    scaling = plain_scaling(scaling)
     i_problem, is_text, i = row_tile(spans, BLOCK_I)
     side = open_side(tt, tv, vt, vv, spans, stats, i_problem, n_heads, is_text)
     scale, weight, active = side_scale(scaling, side)
@@ -150,6 +155,9 @@ def small_rows_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """G_I, V_I = G_I F and dY_I for one tile I of rows of one side."""
+    tt, tv, vt, vv, spans = plain_problem(tt, tv, vt, vv, spans)
+    scaling = plain_scaling(scaling)
+    work = plain_work(work)
     i_problem, is_text, i = row_tile(spans, BLOCK_I)
     side = open_side(tt, tv, vt, vv, spans, stats, i_problem, n_heads, is_text)
     scale, weight, active = side_scale(scaling, side)
@@ -195,6 +203,9 @@ def small_cross_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """dF_I = (G^T F)_I S_bb + V_I S_bb^T for one tile I of rows of F (columns of G), J >= n_b, and dS_ab from it."""
+    tt, tv, vt, vv, spans = plain_problem(tt, tv, vt, vv, spans)
+    scaling = plain_scaling(scaling)
+    work = plain_work(work)
     i_problem, is_text, i = row_tile(spans, BLOCK_I)
     side = open_side(tt, tv, vt, vv, spans, stats, i_problem, n_heads, is_text)
     _, _, active = side_scale(scaling, side)
@@ -250,6 +261,9 @@ def small_own_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """dS_aa = dY + dS'_aa for one tile I of rows: the target of side a, and the inner block of side b."""
+    tt, tv, vt, vv, spans = plain_problem(tt, tv, vt, vv, spans)
+    scaling = plain_scaling(scaling)
+    work = plain_work(work)
     i_problem, is_text, i = row_tile(spans, BLOCK_I)
     side = open_side(tt, tv, vt, vv, spans, stats, i_problem, n_heads, is_text)
     back = open_side(tt, tv, vt, vv, spans, stats, i_problem, n_heads, is_text == 0)

@@ -1,5 +1,8 @@
 """The operators and their autograd function: opcheck, gradcheck, torch.compile, refusals, no synchronisation."""
 
+import contextlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -241,3 +244,18 @@ def test_cuda_graph_capture(backend, device):
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(gradient, expected)
+
+
+def test_kernels_are_launched_on_the_device_of_their_input(monkeypatch):
+    """A tensor on cuda:1 while cuda:0 is current: Triton launches on the current device."""
+    from cacr_kernels import ops
+
+    entered = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or contextlib.nullcontext())
+    elsewhere = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 1))
+    backend = SimpleNamespace(scores_forward=lambda *_: "loss", scores_backward=lambda *_: "gradients")
+    monkeypatch.setattr(ops, "_backend", lambda name: backend)
+    problem = (None, 0, 4, 4, 5, "scores", "both", 1.0, False, False, "none", 1.0, 1.0, "triton")
+    assert ops._forward("scores", [elsewhere], *problem, True) == "loss"
+    assert ops._backward("scores", None, [elsewhere], [], *problem) == "gradients"
+    assert entered == [torch.device("cuda", 1)] * 2

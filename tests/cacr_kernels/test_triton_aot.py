@@ -14,6 +14,37 @@ from cacr_kernels.triton import aot
 from cacr_kernels.triton.configs import ARCHITECTURES, DTYPES, FORMS_X, INTERPRETER, TABLE, plan
 
 ROOT = Path(__file__).parents[2]
+
+#: prints how often each kernel would be compiled for batches of one size bucket
+COMPILATIONS = """
+from collections import defaultdict
+import torch
+from cacr_kernels.problem import Options, Spans
+from cacr_kernels.triton import aot, qk_backward, qk_forward, scores_backward, scores_forward
+
+found = defaultdict(set)
+for start, t, r in ((0, 1, 1), (1, 1, 16), (1, 16, 47), (2, 48, 63), (16, 17, 1), (0, 32, 64)):
+    for ragged in (False, True):
+        n = start + t + r
+        for batch, heads in ((1, 1), (2, 16)):
+            meta = dict(device="meta")
+            table = torch.empty(batch, 4, dtype=torch.int32, **meta) if ragged else None
+            spans, grad_loss = Spans(start, t, start + t, r, table), torch.empty(batch, heads, **meta)
+            attn, q, k = (torch.empty(batch, heads, n, width, **meta) for width in (n, 64, 64))
+            with aot.recording() as recorded:
+                for kind in ("scores", "softmax"):
+                    options = Options(kind=kind)
+                    _, saved = scores_forward([attn], spans, options, True)
+                    scores_backward(grad_loss, [attn], saved, spans, options)
+                    _, saved = qk_forward([q, k], spans, options, True, 0.125)
+                    qk_backward(grad_loss, [q, k], saved, spans, options, 0.125)
+            for kernel, args, kwargs in recorded:
+                _, signature, constants, attributes = aot.as_launched(kernel, args, kwargs, 90)
+                flags = str(sorted((name, v) for name, v in kwargs.items() if v is not None))
+                found[kernel.fn.__name__, ragged, flags].add(str((signature, constants, attributes)))
+for (name, ragged, _), signatures in found.items():
+    print(name, len(signatures))
+"""
 OLDEST = ROOT / ".cache" / "triton-3.6"
 
 
@@ -24,6 +55,22 @@ def gate(*arguments: str, path: Path | None = None, module: str = "aot") -> subp
         environment["PYTHONPATH"] = str(path)
     command = [sys.executable, "-m", f"cacr_kernels.triton.{module}", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
+
+
+def test_sizes_that_change_with_every_batch_compile_nothing_anew():
+    """Among them 1 and multiples of 16, which Triton would specialise on."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", COMPILATIONS]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    counts = [line.split() for line in done.stdout.splitlines()]
+    assert {name for name, _ in counts} >= {
+        "small_forward_kernel",
+        "small_own_kernel",
+        "qk_rows_kernel",
+        "qk_mix_kernel",
+    }
+    assert [name for name, count in counts if int(count) > 1] == []
 
 
 @pytest.mark.slow
