@@ -123,9 +123,10 @@ class Trainer:
     def portion(self, groups: int) -> Portion:
         """``groups`` groups of pairs on the host."""
         first = next(self.stepper.portions(0))
-        batch = first.batch.select(first.rows[: self.group].repeat(groups))
-        rows = torch.arange(groups * self.group)
-        return replace(first, groups=first.groups[:1] * groups, batch=batch, rows=rows)
+        rows = first.rows[: self.group].repeat(groups)
+        repeated = {name: getattr(first.pairs, name)[rows] for name in ("caption", "image", "sizes")}
+        pairs = replace(first.pairs, **repeated)
+        return replace(first, groups=first.groups[:1] * groups, pairs=pairs, rows=torch.arange(len(rows)))
 
     def step(self, portion: Portion) -> None:
         """One optimizer step, finished on the device."""
