@@ -103,6 +103,8 @@ def refused(capsys: pytest.CaptureFixture[str], words: list[str], message: str) 
         ("data import butd-tsv SOUND/scores.jsonl --out x --threshold 20", "threshold from 0 to below 1, got 20"),
         ("data import butd-tsv SOUND/scores.jsonl --out x --vocab v", "--vocab belongs to karpathy-json, winoground"),
         ("data import karpathy-json SOUND/scores.jsonl --out x --labels v", "--labels belongs to vinvl-tsv"),
+        ("data import butd-tsv SOUND/binary.tsv --out x", r"line 1 ('\x7fELF\x02\ufffd\x00\x00'): expected 6 columns"),
+        ("data scenes --out x --workers 0", "--workers: expected a whole number from 1, got '0'"),
         ("data scenes --out x --n-trian 4", "did you mean --n-train?"),
         ("study --seeds 0", "--seeds: expected a whole number from 1, got '0'"),
     ],
@@ -117,6 +119,7 @@ def test_a_mistake_in_the_command(
 ) -> None:
     (sound / "list.yaml").write_text("- 1\n- 2\n")
     (sound / "tags.json").write_text('{"x": ["Unusual Text"]}')
+    (sound / "binary.tsv").write_bytes(b"\x7fELF\x02\xff\x00\x00\n\x00\x01")
     (sound / "none.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
     refused(capsys, words.replace("SOUND", str(sound)).split(), message.replace("SOUND", str(sound)))

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from cacr_uniter.data.testing import Payload
 from cacr_uniter.errors import UserError
 from cacr_uniter.model import UniterConfig, UniterForRetrieval
 from cacr_uniter.model.checkpoint import export_safetensors, load_checkpoint, read_state_dict
@@ -192,16 +193,6 @@ def test_two_stream_weights_are_refused(pretrained: State, tmp_path: Path) -> No
         load_checkpoint(make(2), path)
 
 
-class Payload:
-    """Runs code when unpickled."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
-        return Path.touch, (self.target,)
-
-
 def test_pickled_code_is_refused_and_not_run(tmp_path: Path) -> None:
     proof = tmp_path / "proof"
     torch.save({"state_dict": make(1).state_dict(), "extra": Payload(proof)}, tmp_path / "zip.pt")
@@ -226,6 +217,17 @@ def test_truncated_files_are_refused(suffix: str, keep: float, tmp_path: Path) -
     with pytest.raises(UserError, match=r"weights.*(damaged|truncated)"):
         load_checkpoint(model, path)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"hello, I am text", b"version https://git-lfs.github.com/spec/v1\noid sha256:0", b"\x1f\x8b\x08\x00gzip"],
+)
+def test_other_files_are_called_what_they_are(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "weights.pt").write_bytes(content)
+    words = f"no weights file, it begins with {content[:40]!r}; expected what torch.save writes"
+    with pytest.raises(UserError, match=re.escape(words)):
+        load_checkpoint(make(2), tmp_path / "weights.pt")
 
 
 def test_files_that_do_not_fit_are_refused(pretrained: State, tmp_path: Path) -> None:

@@ -29,6 +29,12 @@ def test_importing_the_command_loads_nothing_heavy() -> None:
     assert printed.strip() == "[]"
 
 
+def test_no_installed_module_needs_pytest() -> None:
+    modules = "cacr_uniter.data.testing, cacr_uniter.data.importers.testing, cacr_uniter.training.testing"
+    code = f"import sys; sys.modules['pytest'] = None; import {modules}"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_usage_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     for argv in ([], ["--help"], ["help"]):
         status, out, _ = run(capsys, *argv)

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import signal
 import time
 from multiprocessing.process import BaseProcess
@@ -17,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from cacr_uniter.data.testing import Payload
 from cacr_uniter.errors import UserError
 from cacr_uniter.training import checkpoint as checkpoints
 from cacr_uniter.training.testing import numbers, small_config, small_run
@@ -214,14 +214,10 @@ def test_a_damaged_checkpoint_is_named_and_so_is_the_one_before(tmp_path: Path, 
 
 
 def test_a_pickle_in_place_of_weights_is_not_run(tmp_path: Path) -> None:
-    class Bomb:
-        def __reduce__(self) -> Any:
-            return (os.mkdir, (str(tmp_path / "ran"),))
-
     out = tmp_path / "run"
     small_run(small_config(out, optim__steps=2))
     path = out / "checkpoints" / "step-00000002" / checkpoints.MODEL
-    torch.save({"model": Bomb()}, path)
+    torch.save({"model": Payload(tmp_path / "ran")}, path)
     state = path.parent / checkpoints.STATE
     values = json.loads(state.read_text())
     values["bytes"][checkpoints.MODEL] = path.stat().st_size

@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from cacr_uniter.cli import main
+from cacr_uniter.data.testing import Payload
 from cacr_uniter.errors import UserError
 from cacr_uniter.training import TrainConfig, train
 from cacr_uniter.training.build import build_model, model_config
@@ -133,11 +134,7 @@ def test_data_and_model_must_fit(
 
 
 def test_a_pickled_checkpoint_is_not_run(databases: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    class Bomb:
-        def __reduce__(self) -> Any:
-            return (Path.mkdir, (tmp_path / "ran",))
-
-    torch.save({"model": Bomb()}, tmp_path / "bad.pt")
+    torch.save({"model": Payload(tmp_path / "ran")}, tmp_path / "bad.pt")
     assert main(arguments(databases, tmp_path / "run", model__checkpoint=tmp_path / "bad.pt", model__img_dim=12)) == 2
     assert "never run" in capsys.readouterr().err
     assert not (tmp_path / "ran").exists()

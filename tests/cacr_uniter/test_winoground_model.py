@@ -203,8 +203,9 @@ def test_a_ranking_head_made_of_the_matching_head_is_told(
 
 
 def test_devices_that_are_not_there_are_refused() -> None:
-    with pytest.raises(UserError, match="--device warp"):
-        pick_device("warp")
+    for name in ("warp", "meta", "cuda:", "cpu:x", "cuda:99", ""):
+        with pytest.raises(UserError, match=f"--device.*{name}"):
+            pick_device(name)
     assert pick_device("cpu") == torch.device("cpu")
 
 

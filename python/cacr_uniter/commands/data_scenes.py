@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from cacr_uniter.arguments import Parser
+from cacr_uniter.arguments import Parser, positive
 from cacr_uniter.commands.progress import bars
 from cacr_uniter.data.scenes.relations import RELATIONS
 from cacr_uniter.data.scenes.settings import SceneSettings
@@ -55,5 +55,5 @@ def _parser() -> Parser:
     add("--held-out", type=float, default=default.held_out, help="share of combinations never trained")
     add("--sprites", type=Path, default=None, help="folder with cut-out X.png and X.txt files instead of drawn shapes")
     add("--vocab", type=Path, default=None, help="vocab.txt to use (default: one trained on the captions)")
-    add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that paint")
+    add("--workers", type=positive, default=min(8, os.cpu_count() or 1), help="processes that paint")
     return parser

@@ -24,6 +24,9 @@ from cacr_uniter.model.uniter import UniterForRetrieval
 
 NESTS = ("model_state_dict", "state_dict", "model")
 PRETRAINING_HEADS = ("cls.", "feat_regress.", "region_classifier.", "heads.")
+TORCH_STARTS = (b"PK", b"\x80")
+"""First bytes of a zip archive and of a pickle."""
+
 POSITION_IDS = "uniter.embeddings.position_ids"
 MASK_EMBEDDING = "uniter.img_embeddings.mask_embedding.weight"
 
@@ -66,6 +69,13 @@ class LoadReport:
 
 
 def _unpickled(path: Path) -> Any:
+    with path.open("rb") as stream:
+        start = stream.read(40)
+    if start and not start.startswith(TORCH_STARTS):
+        raise UserError(
+            f"checkpoint {path}: no weights file, it begins with {start!r}; expected what torch.save writes, or a file "
+            "named .safetensors"
+        )
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

@@ -136,6 +136,11 @@ def _open_writer(
     return writer, len(writer.counts)
 
 
+def _printable(name: str) -> str:
+    """A name for a message; what is no text is escaped."""
+    return name if name.isprintable() and "\ufffd" not in name else ascii(name)
+
+
 class _Run:
     """One import while it runs: names, checks, rows left out."""
 
@@ -160,7 +165,7 @@ class _Run:
             if name not in self.writer.counts:
                 self._write(name, prepare(item.load(), self.swap, self.findings))
         except (ValueError, KeyError, TypeError) as error:
-            reason = f"{item.where} ({item.image[:60]}): {error}"
+            reason = f"{item.where} ({_printable(item.image[:60])}): {error}"
             if not self.skip_bad:
                 raise UserError(f"{reason}; mend the source, or leave such images out (--skip-bad)") from error
             self.skipped.append(reason)

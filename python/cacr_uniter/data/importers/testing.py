@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 DIM = 8
 NAMES = ("1000092795", "36979", "65567")
@@ -136,6 +135,8 @@ def uniter_npz(folder: Path, exchanged: bool = False) -> Path:
 
 
 def hdf5(folder: Path, adaptive: bool, protocol: int = 2) -> Path:
+    import pytest
+
     h5py = pytest.importorskip("h5py", reason="HDF5 features need h5py")
     path = folder / "train36.hdf5"
     table = {int(name): row for row, name in enumerate(NAMES)}
