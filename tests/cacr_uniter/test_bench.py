@@ -408,6 +408,28 @@ def test_what_takes_too_long_or_comes_too_late_is_skipped_in_words(tmp_path, mon
     assert {row["note"] for row in run_benchmark(late, tmp_path, lambda *_: None)} == {"the time of this run was over"}
 
 
+def test_what_compiles_for_long_comes_last_on_a_gpu(monkeypatch):
+    ready = {name: SimpleNamespace(available=True) for name in contenders.OURS}
+    monkeypatch.setattr(contenders, "backends", lambda: ready)
+    shapes = (SHAPE, Shape("other", 1, 2, 3, 5, 16))
+    plan = Plan(shapes, ("bfloat16", "float32"), ("scores",), "cuda", 0.1, 1, 5.0, variants=("qk",))
+    (batch,) = plan.batches()
+    order = list(dict.fromkeys(job.contender for _, job in batch))
+    assert order == ["triton", "eager", "sdpa", "factored", "compiled", "factored-compiled", "compiled-max"]
+    assert {job.variant for _, job in batch} == {"qk"}
+    assert [shape.name for shape, job in batch if job.contender == "triton"] == ["small"] * 2 + ["other"] * 2
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [((7, 5), "float16"), ((8, 0), "bfloat16")])
+def test_the_16_bit_dtype_is_one_that_the_gpu_has(monkeypatch, capability, dtype):
+    plans = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(run, "run_benchmark", lambda plan, *_: plans.append(plan) or [])
+    assert cli.main(["bench", "--device", "cuda", "--out", "nowhere"]) == 0
+    assert plans[0].dtypes == ("float32", dtype)
+
+
 def test_finished_rows_have_quantiles():
     row = {"direction": "both", "status": "ok", "samples": [3.0, 1.0, 2.0]} | job("eager").columns
     done = finished(row, SHAPE, "cpu", CEILINGS)

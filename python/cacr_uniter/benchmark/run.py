@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cacr_uniter.benchmark import results
 from cacr_uniter.benchmark.ceilings import UNITS
-from cacr_uniter.benchmark.contenders import names
+from cacr_uniter.benchmark.contenders import OURS, names
 from cacr_uniter.benchmark.machine import provenance
 from cacr_uniter.benchmark.measure import Job
 from cacr_uniter.benchmark.pool import MALLOC_RETURNS, Row, run_tasks
@@ -19,6 +19,7 @@ from cacr_uniter.benchmark.work import DIRECTIONS, TILE, floor, matmul_rate, wor
 from cacr_uniter.errors import UserError
 
 Progress = Callable[[str, int, int], None]
+Item = tuple[Shape, Job]
 
 LOOP_LIMIT = 1e7
 """Most steps T^2 R^2 of the loop, summed over problems."""
@@ -40,6 +41,7 @@ class Plan:
         contenders: only these; none means all.
         threads: of a CPU; default torch's own choice.
         clock: of a CPU: ``wall``, or ``process`` for one thread on a busy machine.
+        variants: ``scores``, ``qk``.
     """
 
     shapes: tuple[Shape, ...]
@@ -54,11 +56,12 @@ class Plan:
     contenders: tuple[str, ...] = ()
     threads: int | None = None
     clock: str = "wall"
+    variants: tuple[str, ...] = ("scores", "qk")
 
     def jobs(self, shape: Shape, dtype: str) -> list[Job]:
         """All contenders of one shape and dtype, in the order in which they run."""
         found = []
-        for variant in ("scores", "qk") if shape.scores else ("qk",):
+        for variant in self.variants if shape.scores else ("qk",):
             for kind in self.kinds:
                 if (variant == "qk" and kind == "probs") or (not shape.scores and kind != "scores"):
                     continue
@@ -68,12 +71,29 @@ class Plan:
                         found.append(Job(*named, self.device, self.seconds, clock=self.clock))
         return found
 
+    def batches(self) -> list[list[Item]]:
+        """What processes are given: the contenders of a shape and dtype; on a GPU all of them at once.
+
+        There a process serves every shape, so that its start and its kernels are paid once, and what compiles for long
+        comes last: ours and what they are compared with, then the default ``torch.compile``, then the tuned one.
+        """
+        pairs = [[(shape, job) for job in self.jobs(shape, dtype)] for shape in self.shapes for dtype in self.dtypes]
+        if self.device == "cpu":
+            return pairs
+        return [sorted((item for pair in pairs for item in pair), key=lambda item: _turn(item[1].contender))]
+
     def _takes_part(self, name: str, shape: Shape) -> bool:
         if name == "loop" and shape.problems * (shape.n_text * shape.n_vision) ** 2 > LOOP_LIMIT:
             return False
         if self.contenders:
             return name in self.contenders
         return self.compiled or "compiled" not in name
+
+
+def _turn(contender: str) -> int:
+    if contender in (*OURS, "eager", "sdpa"):
+        return 0
+    return {"compiled": 2, "factored-compiled": 3, "compiled-max": 4}.get(contender, 1)
 
 
 def run_benchmark(plan: Plan, out: Path, progress: Progress) -> list[Row]:
@@ -84,10 +104,8 @@ def run_benchmark(plan: Plan, out: Path, progress: Progress) -> list[Row]:
     """
     ceilings = measured_ceilings(plan.device, out, 0.3 if plan.seconds < 0.5 else 1.0, plan.threads, plan.clock)
     deadline = time.monotonic() + plan.budget
-    pairs = [[(shape, job) for job in plan.jobs(shape, dtype)] for shape in plan.shapes for dtype in plan.dtypes]
-    total = sum(len(pair) for pair in pairs)
-    # a GPU process serves every pair: its start and its compiled kernels are paid once
-    batches = [[item for pair in pairs for item in pair]] if plan.device == "cuda" else pairs
+    batches = plan.batches()
+    total = sum(len(batch) for batch in batches)
     written: list[Row] = []
     done = 0
     for batch in batches:
@@ -119,9 +137,6 @@ def measured_ceilings(
         [{**origin, "what": what, "value": value, "unit": UNITS.get(what, "flop/s")} for what, value in found.items()],
     )
     return found
-
-
-Item = tuple[Shape, Job]
 
 
 def _measure_batch(

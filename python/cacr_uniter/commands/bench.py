@@ -65,6 +65,7 @@ def _parser(name: str, description: str) -> Parser:
 
 
 def _kernels(argv: list[str]) -> int:
+    from cacr_uniter.benchmark.contenders import PEERS
     from cacr_uniter.benchmark.shapes import DTYPES
 
     others = "\n".join(f"  cacr bench {name:<12}{summary}" for name, summary in PARTS.items())
@@ -74,7 +75,9 @@ def _kernels(argv: list[str]) -> int:
     add = parser.add_argument
     add("--preset", choices=("quick", "full"), default="quick", help="quick: under a minute (default); full: all")
     add("--shapes", nargs="+", metavar="SHAPE", help="names (uniter-100-b32) or BxHxTxR[xD] in place of the preset's")
-    add("--dtypes", nargs="+", choices=tuple(DTYPES), help="default: float32 (quick on a CPU), float32 and bfloat16")
+    add("--dtypes", nargs="+", choices=tuple(DTYPES), help="default: float32 (quick on a CPU), float32 and bfloat16 "
+        "(float16 on a GPU before 8.0)")  # fmt: skip
+    add("--variants", nargs="+", choices=tuple(PEERS), default=list(PEERS), help="from scores, from queries and keys")
     add("--kinds", nargs="+", choices=("scores", "softmax", "probs"), help="default: scores, softmax (full: and probs)")
     add("--contenders", nargs="+", metavar="NAME", help="only these: triton, cuda, cpu, eager, compiled, bmm, ...")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: the GPU if there is one")
@@ -113,6 +116,7 @@ def _kernels(argv: list[str]) -> int:
 def make_plan(args: argparse.Namespace, device: str) -> Plan:
     """The plan of the arguments, defaults filled by preset and device."""
     from cacr_uniter.benchmark.contenders import OURS, PEERS
+    from cacr_uniter.benchmark.machine import half_dtype
     from cacr_uniter.benchmark.run import Plan as _Plan
     from cacr_uniter.benchmark.shapes import parse_shapes, preset_shapes
 
@@ -131,7 +135,7 @@ def make_plan(args: argparse.Namespace, device: str) -> Plan:
     cpu_quick = quick and device == "cpu"
     return _Plan(
         shapes=parse_shapes(args.shapes, args.preset, device) if args.shapes else shapes,
-        dtypes=tuple(args.dtypes or (("float32",) if cpu_quick else ("float32", "bfloat16"))),
+        dtypes=tuple(args.dtypes or (("float32",) if cpu_quick else ("float32", half_dtype(device)))),
         kinds=tuple(args.kinds or (("scores", "softmax") if quick else ("scores", "softmax", "probs"))),
         device=device,
         seconds=args.seconds or (0.2 if quick else 1.0),
@@ -142,6 +146,7 @@ def make_plan(args: argparse.Namespace, device: str) -> Plan:
         clock=args.clock,
         compiled=not cpu_quick,
         contenders=tuple(args.contenders or ()),
+        variants=tuple(args.variants),
     )
 
 
