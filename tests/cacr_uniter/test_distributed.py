@@ -40,6 +40,21 @@ path = Path(fields["out"]).parent / f"rank{os.environ['RANK']}.json"
 path.write_text(json.dumps([result.step, result.finished, str(result.checkpoint_path), len(result.history)]))
 """
 
+APART = """
+import os, sys
+from cacr_uniter.errors import UserError
+from cacr_uniter.training.testing import *
+fields = json.loads(sys.argv[1])
+fields["out"] += os.environ["RANK"]
+if os.environ["RANK"] == "1":
+    fields |= fields.pop("second", {})
+fields.pop("second", None)
+try:
+    small_run(small_config(**fields))
+except UserError as error:
+    Path(fields["out"] + ".error").write_text(str(error))
+"""
+
 
 pytestmark = pytest.mark.xdist_group("distributed")
 
@@ -50,7 +65,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def launch(out: Path, processes: int, **fields: Any) -> None:
+def launch(out: Path, processes: int, program: str = PROGRAM, **fields: Any) -> None:
     """Runs the program on ``processes`` processes, as torchrun sets them up."""
     common = {
         "WORLD_SIZE": str(processes),
@@ -64,7 +79,7 @@ def launch(out: Path, processes: int, **fields: Any) -> None:
     for rank in range(processes):
         environment = os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         argument = json.dumps({"out": str(out)} | fields)
-        started.append(subprocess.Popen([sys.executable, "-c", PROGRAM, argument], env=environment))
+        started.append(subprocess.Popen([sys.executable, "-c", program, argument], env=environment))
     assert [process.wait(300) for process in started] == [0] * processes
 
 
@@ -107,6 +122,20 @@ def test_a_run_of_two_processes_continues_on_one(tmp_path: Path, two: Path) -> N
     shutil.rmtree(tmp_path / "run/checkpoints/step-00000004")
     resumed = small_run(small_config(tmp_path / "run", **FIELDS), validation=synthetic_source(seed=1))
     close(resumed.history, log(two))
+
+
+def test_nodes_that_do_not_share_the_folder_are_told(tmp_path: Path, two: Path) -> None:
+    shutil.copytree(two, tmp_path / "run0")
+    launch(tmp_path / "run", 2, APART, **FIELDS | {"run__validate_every": 0})
+    messages = [(tmp_path / f"run{rank}.error").read_text() for rank in (0, 1)]
+    assert all("process 0 starts at step 4 and process 1 at step 0: run.out" in message for message in messages)
+
+
+def test_nodes_with_different_weights_are_told(tmp_path: Path) -> None:
+    launch(tmp_path / "run", 2, APART, **FIELDS | {"run__validate_every": 0, "second": {"run__seed": 7}})
+    messages = [(tmp_path / f"run{rank}.error").read_text() for rank in (0, 1)]
+    assert messages[0] == messages[1]
+    assert messages[0].startswith("processes 0 and 1 start from different weights")
 
 
 def test_a_mistake_is_told_once(tmp_path: Path) -> None:

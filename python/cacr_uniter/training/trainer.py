@@ -8,10 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 import yaml
 from accelerate import Accelerator
 
-from cacr_uniter.errors import UserError
+from cacr_uniter.errors import ProcessError, UserError
+from cacr_uniter.evaluation.matrix import weights_digest
+from cacr_uniter.model import UniterForRetrieval
 from cacr_uniter.training import checkpoint as checkpoints
 from cacr_uniter.training.best import BEST, Best
 from cacr_uniter.training.build import build_accelerator, build_model, model_config
@@ -116,6 +119,7 @@ def train_on(
         checkpoints.restore_optimizer(optimizer, resumed.optimizer)
         if accelerator.scaler is not None and "scaler" in extra:
             accelerator.scaler.load_state_dict(extra["scaler"])
+    _agree(config, start, model, accelerator)
     prepared = accelerator.prepare_optimizer(optimizer, device_placement=False)
     stepper = Stepper(model, list(parameters.values()), prepared, config, source, accelerator)
     main = accelerator.is_main_process
@@ -131,7 +135,8 @@ def train_on(
     accelerator.wait_for_everyone()
     best = Best(out, config.run.best, done)
     path = checkpoints.newest(out / CHECKPOINTS)
-    assert path is not None
+    if path is None:
+        raise ProcessError(f"run.out {out} holds no checkpoint here: it must be one folder that all nodes share")
     seconds = time.monotonic() - started
     result = TrainResult(out, path, done, done == config.optim.steps, log.history, seconds, best.path)
     if not (config.run.report and main and result.finished):
@@ -163,6 +168,26 @@ def _resumed(config: TrainConfig, out: Path) -> checkpoints.Checkpoint | None:
             "another run.out, or run.overwrite"
         )
     return found
+
+
+def _agree(config: TrainConfig, start: int, model: UniterForRetrieval, accelerator: Accelerator) -> None:
+    """Refuses processes that start from different steps or weights, as on nodes that do not share ``run.out``."""
+    if accelerator.num_processes == 1:
+        return
+    found: list[Any] = [None] * accelerator.num_processes
+    dist.all_gather_object(found, (start, weights_digest(model)))
+    other = next((rank for rank, state in enumerate(found) if state != found[0]), None)
+    if other is None:
+        return
+    if found[other][0] != found[0][0]:
+        raise UserError(
+            f"process 0 starts at step {found[0][0]} and process {other} at step {found[other][0]}: run.out "
+            f"{config.run.out} must be one folder that all nodes share"
+        )
+    raise UserError(
+        f"processes 0 and {other} start from different weights: model.checkpoint and run.out must be the same on all "
+        "nodes"
+    )
 
 
 def _open_folder(config: TrainConfig, out: Path, accelerator: Accelerator) -> None:
