@@ -40,7 +40,7 @@ def in_words(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return f"one of {', '.join(parts)}" if len(parts) > 1 else str(parts[0])
     if get_origin(hint) is list:
-        return "a list of whole numbers such as [-1]"
+        return "a list of whole numbers such as [-1]" if parts == (int,) else "a list such as [a, b]"
     if get_origin(hint) is tuple:
         return f"{len(parts)} numbers such as [0.9, 0.98]"
     return " or ".join(map(in_words, parts))

@@ -18,8 +18,8 @@ class DataConfig:
 
     Args:
         scenes: folder written by ``cacr data scenes``; stands for the four paths below.
-        text: folder of the training captions (published text LMDB).
-        images: folder of the region features (published image LMDB).
+        text: folder of the training captions (published text LMDB), or a list of them: COCO has train and restval.
+        images: folder of the region features (published image LMDB), or a list: COCO has train2014 and val2014.
         val_text: folder of the validation captions; none means no validation.
         val_images: folder of their region features (default: ``images``).
         max_text: longest caption used for training, in word pieces without [CLS] and [SEP]; -1 keeps all.
@@ -34,8 +34,8 @@ class DataConfig:
     """
 
     scenes: str | None = None
-    text: str | None = None
-    images: str | None = None
+    text: str | list[str] | None = None
+    images: str | list[str] | None = None
     val_text: str | None = None
     val_images: str | None = None
     max_text: int = 60

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from cacr_uniter.data.batch import Pairs
+from cacr_uniter.data.box_rule import BoxRule
 from cacr_uniter.data.dataset import RetrievalDataset
-from cacr_uniter.data.image_db import BoxRule, ImageDB
-from cacr_uniter.data.text_db import TextDB
+from cacr_uniter.data.joined import open_images, open_texts
 from cacr_uniter.errors import UserError
 from cacr_uniter.training.config import DataConfig
 from cacr_uniter.training.sampling import Indices
@@ -83,7 +83,7 @@ def open_dataset(config: DataConfig, split: str) -> RetrievalDataset | None:
         return None
     rule = BoxRule(config.confidence, config.max_regions, config.min_regions, config.fixed_regions)
     longest = None if split == "val" or config.max_text < 0 else config.max_text
-    return RetrievalDataset(TextDB(text), ImageDB(images, rule), longest)
+    return RetrievalDataset(open_texts(text), open_images(images, rule), longest)
 
 
 def open_source(dataset: RetrievalDataset, config: DataConfig) -> PairSource:

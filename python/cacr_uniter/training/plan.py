@@ -209,7 +209,8 @@ def plan_run(config: TrainConfig) -> tuple[Plan, list[str]]:
     data = config.data
     notes = []
     text, regions, vocabulary, width = data.max_text + 2, data.fixed_regions or data.max_regions, 28996, 2048
-    if data.scenes or (data.text and Path(data.text).is_dir()):
+    texts = [data.text] if isinstance(data.text, str) else data.text
+    if data.scenes or (texts and all(Path(folder).is_dir() for folder in texts)):
         dataset = open_dataset(resolve(data), "train")
         assert dataset is not None
         text = max(dataset.text_db.lengths[key] for key in dataset.caption_ids) + 2
