@@ -1,5 +1,6 @@
 """What `cacr bench` adds to kernels: ceilings, numerics, training, the report about a GPU."""
 
+import argparse
 import json
 import signal
 import subprocess
@@ -12,7 +13,16 @@ import pytest
 import torch
 
 from cacr_uniter import cli
-from cacr_uniter.benchmark import ceilings, contenders, gpu_report, numerics, results
+from cacr_uniter.benchmark import (
+    ceilings,
+    contenders,
+    gpu_report,
+    numerics,
+    results,
+    sanitized,
+    training_cost,
+    training_run,
+)
 from cacr_uniter.benchmark.ceilings import measure_ceilings
 from cacr_uniter.benchmark.gpu_report import STAGES, Stage, report, run_stage
 from cacr_uniter.benchmark.training_cost import Setting, largest, measure_setting
@@ -79,6 +89,41 @@ def test_the_table_replaces_what_is_between_the_markers(tmp_path):
         numerics.replace_between("nothing", "new", tmp_path)
 
 
+def test_each_line_is_printed_when_it_is_measured_and_refused_dtypes_are_left_out_in_words(monkeypatch, capsys):
+    class Refusing(numerics.Part):
+        def refusal(self, name, dtype):
+            return f"{dtype} needs compute capability 8.0" if dtype == "bfloat16" else ""
+
+    printed = []
+
+    def line(part, *item):
+        printed.append(capsys.readouterr().out)
+        return tuple(map(str, item[:3])) + ("",) * 8
+
+    monkeypatch.setattr(numerics, "Part", Refusing)
+    monkeypatch.setattr(numerics.Part, "line", line)
+    monkeypatch.setattr(numerics, "backends", lambda: {"cpu": SimpleNamespace(available=True, reason="")})
+    assert cli.main(["bench", "numerics", "--print", "--quick", "--backends", "cpu"]) == 0
+    assert printed[0].count("Left out: cpu, bfloat16: bfloat16 needs compute capability 8.0") == 1
+    assert printed[1].startswith("| cpu | float32 | scores |")
+    assert not any("bfloat16 |" in text for text in printed[1:])
+
+
+def test_a_backend_that_cannot_run_is_named(capsys):
+    state = numerics.backends()["triton"]
+    if state.available:
+        pytest.skip("triton can run here")
+    assert cli.main(["bench", "numerics", "--print", "--backends", "triton"]) == 2
+    assert f"--backends: triton cannot run here: {state.reason}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("qk", [False, True])
+def test_what_a_backend_does_not_take_is_asked_of_it(qk):
+    part = numerics.parts(numerics.QUICK)[qk]
+    assert part.refusal("reference", "bfloat16") == ""
+    assert "compute" in part.refusal("cuda", "float32") or "cuda" in part.refusal("cuda", "float32")
+
+
 def test_a_broken_budget_is_shown():
     ours, eager = numerics.Errors(1e-3, 1e-3), numerics.Errors(1e-6, 1e-6)
     assert numerics._line(("cpu",), ours, eager, (1e-6, 5e-5))[-1] == "NO"
@@ -115,12 +160,41 @@ def test_a_training_step_is_measured(auxiliary, checkpointing, frozen, precision
     row = measure_setting(setting)
     assert row["status"] == "ok", row
     assert row["median_ms"] > 0
+    assert row["note"] == (f"backend {training_cost.backend_of(setting)}" if auxiliary != "none" else "")
     assert row["peak_mb"] >= 0  # a process that reuses freed memory needs no more; `cacr bench` takes a fresh one
     assert set(row | setting.columns) <= set(results.COLUMNS["training"])
 
 
 def test_the_recipe_is_what_cacr_train_runs():
     assert Setting("tiny", "recipe", "fp32", False, 0, 4, 5, 4, 2, "cpu", 0.0).config().aux == AuxConfig()
+
+
+def settings(*words):
+    parser = argparse.ArgumentParser()
+    training_run.add_arguments(parser)
+    return training_run.make_settings(parser.parse_args(words), "cuda")
+
+
+def test_the_telling_settings_are_few_and_take_the_models_in_turn(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    quick, all_of_them = settings("--quick"), settings()
+    assert len(quick) == 16 < len(all_of_them)
+    assert [setting.model for setting in quick] == ["base", "large"] * 8
+    assert set(quick) <= set(all_of_them)
+    assert {setting.precision for setting in quick} == {"fp32", "fp16"}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    assert {setting.precision for setting in settings("--quick")} == {"fp32", "bf16"}
+    assert {setting.auxiliary for setting in settings("--quick", "--auxiliary", "qk")} == {"qk"}
+
+
+def test_a_row_names_the_backend_of_its_loss(monkeypatch):
+    ready = {name: SimpleNamespace(available=name != "triton") for name in contenders.OURS}
+    monkeypatch.setattr(contenders, "backends", lambda: ready)
+    found = {
+        name: training_cost.backend_of(Setting("tiny", name, "fp32", False, 0, 4, 5, 4, 2, "cuda", 0.0))
+        for name in training_cost.AUXILIARY
+    }
+    assert found == {"none": "", "eager": "reference", "fused": "cuda", "qk": "reference", "recipe": "cuda"}
 
 
 def python(program):
@@ -190,7 +264,12 @@ def test_a_report_without_a_gpu_is_refused(capsys):
     assert "needs an NVIDIA GPU" in capsys.readouterr().err
 
 
-def test_the_sanitizer_script_calls_every_kind():
-    from cacr_uniter.benchmark.sanitized import call_everything
+def test_the_sanitizer_script_calls_every_kind(capsys):
+    assert sanitized.call_everything("cpu", ["reference"], ((2, 3),)) == 3 * 3 * 2 + 2 * 3
+    assert len(capsys.readouterr().out.splitlines()) == 3 * 3
+    assert sanitized.call_everything("cpu", ["reference"], ((2, 3),), ("scores",), [torch.float32]) == 3
 
-    assert call_everything("cpu", ["reference"], ((2, 3),)) == 3 * 2 * 2 + 2 * 2
+
+def test_before_8_0_nothing_is_called_in_bfloat16(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert sanitized.dtypes_of("cuda") == [torch.float32, torch.float16]

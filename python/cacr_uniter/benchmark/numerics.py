@@ -15,7 +15,7 @@ from torch import Tensor
 from cacr_kernels import backends, fused_cacr, fused_cacr_qk
 from cacr_kernels.reference import cacr_closed_form
 from cacr_kernels.testing import Errors, device_of, errors, make_scores, score_errors
-from cacr_uniter.benchmark.contenders import scores_of
+from cacr_uniter.benchmark.contenders import OURS, scores_of
 from cacr_uniter.benchmark.machine import provenance
 from cacr_uniter.benchmark.shapes import DTYPES
 from cacr_uniter.benchmark.summary import markdown
@@ -141,24 +141,91 @@ def _line(names: tuple[str, ...], ours: Errors, eager: Errors, budget: tuple[flo
     return (*names, *(f"{x:.1e}" for x in numbers), promise, "yes" if kept else "NO")
 
 
-def tables(cases: tuple[Case, ...], names: list[str], progress: Callable[[str, int, int], None]) -> str:
-    """The tables of ``docs/numerics.md`` for the given backends, measured here and now."""
-    lines: list[tuple[str, ...]] = []
-    plan = [
-        (name, dtype, kind, case)
-        for name in names
-        for dtype in ("float32", "bfloat16", "float16")
-        for kind in ("scores", "softmax", "probs")
-        for case in (cases if dtype == "float32" and kind == "scores" else _few(cases, kind))
-    ]
-    for done, (name, dtype, kind, case) in enumerate(plan):
+@dataclass(frozen=True)
+class Part:
+    """One of the tables: its title, and the dtypes, kinds and cases of each backend."""
+
+    title: str
+    dtypes: tuple[str, ...]
+    kinds: tuple[str, ...]
+    cases: Callable[[str, str], tuple[Case, ...]]
+    qk: bool
+
+    def line(self, name: str, dtype: str, kind: str, case: Case) -> tuple[str, ...]:
+        """Measures a line of the table."""
         device = device_of(name)
-        ours = case_errors(partial(fused_cacr, backend=name), case, dtype, kind, device)
-        eager = case_errors(cacr_closed_form, case, dtype, kind, device)
+        if self.qk:
+            ours, eager = (qk_errors(which, case, dtype, kind, device) for which in (name, None))
+            budget = None if dtype == "float32" else LOW_BUDGET
+        else:
+            ours = case_errors(partial(fused_cacr, backend=name), case, dtype, kind, device)
+            eager = case_errors(cacr_closed_form, case, dtype, kind, device)
+            budget = case.budget if dtype == "float32" else LOW_BUDGET
         label = (name, dtype, kind, f"{case.n_text} x {case.n_vision}", case.text)
-        lines.append(_line(label, ours, eager, _budget(case, dtype)))
-        progress("scores", done + 1, len(plan))
-    return "\n\n".join(["From scores:", markdown(HEAD, lines), *_qk_table(cases, names, progress)])
+        return _line(label, ours, eager, budget)
+
+    def refusal(self, name: str, dtype: str) -> str:
+        """Why a backend does not take this input; empty if it does."""
+        x = torch.zeros(1, 1, 16, 16, dtype=DTYPES[dtype], device=device_of(name))
+        try:
+            fused_cacr_qk(x, x, 8, backend=name) if self.qk else fused_cacr(x, 8, backend=name)
+        except (ValueError, NotImplementedError) as error:
+            return str(error)
+        return ""
+
+
+def parts(cases: tuple[Case, ...]) -> tuple[Part, Part]:
+    """What is measured of these cases: from scores, from q and k."""
+
+    def from_scores(dtype: str, kind: str) -> tuple[Case, ...]:
+        return cases if dtype == "float32" and kind == "scores" else _few(cases, kind)
+
+    def from_qk(dtype: str, kind: str) -> tuple[Case, ...]:
+        normal = (case for case in cases if case.pattern == "normal" and case.mean == 0)
+        return tuple(case for case in normal if case.std <= 2 and case.n_vision <= 128)
+
+    title = "From q and k (D = 64; eager forms q k^T in the dtype of the input):"
+    return (
+        Part("From scores:", ("float32", "bfloat16", "float16"), ("scores", "softmax", "probs"), from_scores, False),
+        Part(title, ("float32", "bfloat16"), ("scores", "softmax"), from_qk, True),
+    )
+
+
+def tables(
+    cases: tuple[Case, ...],
+    names: list[str],
+    progress: Callable[[str, int, int], None],
+    say: Callable[[str], None] = lambda line: None,
+) -> str:
+    """The tables of ``docs/numerics.md`` for the given backends, measured here and now.
+
+    Args:
+        say: gets each line of them as soon as it is measured.
+    """
+    made = []
+    for part in parts(cases):
+        refused = {(name, dtype): part.refusal(name, dtype) for name in names for dtype in part.dtypes}
+        plan = [
+            (name, dtype, kind, case)
+            for (name, dtype), reason in refused.items()
+            if not reason
+            for kind in part.kinds
+            for case in part.cases(dtype, kind)
+        ]
+        if not plan:
+            continue
+        lines = []
+        left_out = {
+            reason: f"Left out: {name}, {dtype}: {reason}" for (name, dtype), reason in refused.items() if reason
+        }
+        notes = [part.title, *left_out.values()]
+        say("\n\n".join(["", *notes, markdown(HEAD, [])]))
+        for done, item in enumerate(plan):
+            lines.append(part.line(*item))
+            say(f"| {' | '.join(lines[-1])} |")
+            progress(part.title, done + 1, len(plan))
+        made += [*notes, markdown(HEAD, lines)]
+    return "\n\n".join(made)
 
 
 def _few(cases: tuple[Case, ...], kind: str) -> tuple[Case, ...]:
@@ -166,44 +233,6 @@ def _few(cases: tuple[Case, ...], kind: str) -> tuple[Case, ...]:
         case for case in cases if case.pattern == "normal" and case.std in (1.0, 10.0) and case.n_vision <= 128
     )
     return tuple(case for case in usual if case.mean in (0.0, -3.0) and not (kind == "probs" and case.mean))
-
-
-def _budget(case: Case, dtype: str) -> tuple[float, float] | None:
-    return case.budget if dtype == "float32" else LOW_BUDGET
-
-
-def _qk_table(cases: tuple[Case, ...], names: list[str], progress: Callable[[str, int, int], None]) -> list[str]:
-    names = [name for name in names if name != "cuda" and _serves_qk(name)]
-    if not names:
-        return []
-    chosen = [
-        case for case in cases if case.pattern == "normal" and case.mean == 0 and case.std <= 2 and case.n_vision <= 128
-    ]
-    plan = [
-        (name, dtype, kind, case)
-        for name in names
-        for dtype in ("float32", "bfloat16")
-        for kind in ("scores", "softmax")
-        for case in chosen
-    ]
-    lines = []
-    for done, (name, dtype, kind, case) in enumerate(plan):
-        device = device_of(name)
-        ours, eager = (qk_errors(which, case, dtype, kind, device) for which in (name, None))
-        budget = None if dtype == "float32" else LOW_BUDGET
-        label = (name, dtype, kind, f"{case.n_text} x {case.n_vision}", case.text)
-        lines.append(_line(label, ours, eager, budget))
-        progress("queries and keys", done + 1, len(plan))
-    return ["From q and k (D = 64; eager forms q k^T in the dtype of the input):", markdown(HEAD, lines)]
-
-
-def _serves_qk(name: str) -> bool:
-    q = torch.zeros(1, 1, 2, 16, device=device_of(name))
-    try:
-        fused_cacr_qk(q, q.clone(), 1, backend=name)
-    except (ValueError, NotImplementedError, AttributeError):
-        return False
-    return True
 
 
 def replace_between(text: str, made: str, path: Path) -> str:
@@ -223,6 +252,7 @@ def main(argv: list[str], parser: argparse.ArgumentParser) -> int:
     parser.set_defaults(out=DEFAULT)
     parser.add_argument("--print", action="store_true", help="print the tables, write nothing")
     parser.add_argument("--quick", action="store_true", help="three cases a backend")
+    parser.add_argument("--backends", nargs="+", choices=OURS, help="only these (default: all that can run here)")
     args = parser.parse_args(argv)
 
     from cacr_uniter.commands.progress import bars
@@ -233,21 +263,27 @@ def main(argv: list[str], parser: argparse.ArgumentParser) -> int:
             raise UserError(f"--out {args.out} is no file: run this in the repository, give a file, or use --print")
         before = args.out.read_text(encoding="utf-8")
         replace_between(before, "", args.out)
-    names = [name for name, state in backends().items() if state.available and name != "reference"]
+    states = backends()
+    for name in args.backends or ():
+        if not states[name].available:
+            raise UserError(f"--backends: {name} cannot run here: {states[name].reason}")
+    names = [name for name in args.backends or OURS if states[name].available]
     if not names:
         raise UserError("no backend but the reference can run here: see `cacr doctor`")
     origin: dict[str, Any] = provenance(device_of(names[0]))
-    with bars() as progress:
-        made = tables(QUICK if args.quick else CASES, names, progress)
-    counts = sorted({case.count for case in (QUICK if args.quick else CASES)})
-    made = (
+    cases = QUICK if args.quick else CASES
+    counts = sorted({case.count for case in cases})
+    intro = (
         f"Measured {origin['date'][:10]} on {origin['device']}, torch {origin['torch']}, "
         f"commit {origin['commit'] or 'unknown'}; root mean square over {' or '.join(map(str, counts))} seeded "
-        f"problems a line{' (quick selection)' if args.quick else ''}.\n\n{made}"
+        f"problems a line{' (quick selection)' if args.quick else ''}."
     )
-    if before is None:
-        print(made)
-    else:
-        args.out.write_text(replace_between(before, made, args.out), encoding="utf-8")
-        print(f"written to {args.out}")
+    with bars() as progress:
+        if before is None:
+            print(intro)
+            tables(cases, names, progress, lambda line: print(line, flush=True))
+        else:
+            made = f"{intro}\n\n{tables(cases, names, progress)}"
+            args.out.write_text(replace_between(before, made, args.out), encoding="utf-8")
+            print(f"written to {args.out}")
     return 0

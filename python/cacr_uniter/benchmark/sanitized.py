@@ -1,48 +1,80 @@
-"""Small calls of every GPU backend, variant, kind and span form, for compute-sanitizer to watch."""
+"""Small calls of GPU backends, in every variant, kind and span form, for compute-sanitizer to watch.
+
+`python -m cacr_uniter.benchmark.sanitized [--quick] BACKEND...`; each line is printed when its calls are done.
+"""
 
 from __future__ import annotations
 
+import argparse
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from cacr_kernels import backends, fused_cacr, fused_cacr_qk
+from cacr_kernels import fused_cacr, fused_cacr_qk
 from cacr_kernels.testing import make_input
 
-SIZES = ((1, 1), (7, 33), (60, 100), (130, 70))
+SIZES = ((7, 33), (130, 70))
+"""Spans that one tile holds, and longer ones; neither is a multiple of anything."""
+
+KINDS = ("scores", "softmax", "probs")
 
 
-def call_everything(device: str, names: list[str], sizes: tuple[tuple[int, int], ...] = SIZES) -> int:
+def dtypes_of(device: str) -> list[torch.dtype]:
+    """float32 and float16; bfloat16 too, on a GPU from compute capability 8.0 on."""
+    wide = device == "cpu" or torch.cuda.get_device_capability() >= (8, 0)
+    return [torch.float32, torch.float16, *([torch.bfloat16] if wide else [])]
+
+
+def call_everything(
+    device: str,
+    names: Sequence[str],
+    sizes: Sequence[tuple[int, int]] = SIZES,
+    kinds: Sequence[str] = KINDS,
+    dtypes: Sequence[torch.dtype] | None = None,
+) -> int:
     """Runs forward and backward of all of them; returns the number of calls."""
     calls = 0
     for name in names:
         for n_text, n_vision in sizes:
-            for kind in ("scores", "softmax", "probs"):
-                for dtype in (torch.float32, torch.bfloat16):
-                    attn = make_input(kind, n_text, n_vision, batch=2, heads=2, dtype=dtype, device=device)
-                    attn.requires_grad_()
-                    lengths = torch.tensor([n_text, max(n_text - 1, 0)], device=device)
-                    fused_cacr(attn, n_text, kind=kind, backend=name).backward()
-                    ragged: dict[str, Any] = {"max_n_text": n_text, "n_vision": n_vision, "vision_start": n_text}
-                    fused_cacr(attn, lengths, kind=kind, backend=name, **ragged).backward()
-                    calls += 2
-                    if name != "cuda" and kind != "probs":
-                        q, k = (torch.randn(2, 2, n_text + n_vision, 64, device=device).to(dtype) for _ in range(2))
-                        q.requires_grad_()
-                        fused_cacr_qk(q, k, n_text, kind=kind, backend=name).backward()
-                        calls += 1
+            for kind in kinds:
+                for dtype in dtypes or dtypes_of(device):
+                    calls += _call(device, name, n_text, n_vision, kind, dtype)
+    return calls
+
+
+def _call(device: str, name: str, n_text: int, n_vision: int, kind: str, dtype: torch.dtype) -> int:
+    """Equal and ragged spans of a batch, and q and k where the backend takes them; returns how many calls."""
+    attn = make_input(kind, n_text, n_vision, batch=2, heads=2, dtype=dtype, device=device)
+    attn.requires_grad_()
+    lengths = torch.tensor([n_text, max(n_text - 1, 0)], device=device)
+    fused_cacr(attn, n_text, kind=kind, backend=name).backward()
+    ragged: dict[str, Any] = {"max_n_text": n_text, "n_vision": n_vision, "vision_start": n_text}
+    fused_cacr(attn, lengths, kind=kind, backend=name, **ragged).backward()
+    calls = 2
+    if name != "cuda" and kind != "probs":
+        q, k = (torch.randn(2, 2, n_text + n_vision, 64, device=device).to(dtype) for _ in range(2))
+        q.requires_grad_()
+        fused_cacr_qk(q, k, n_text, kind=kind, backend=name).backward()
+        calls += 1
+    if device == "cuda":
+        torch.cuda.synchronize()  # a kernel that failed is named by its line
+    print(f"{name}, {n_text} x {n_vision}, {kind}, {str(dtype).removeprefix('torch.')}: {calls} calls", flush=True)
     return calls
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("backends", nargs="+", choices=("cuda", "triton"))
+    parser.add_argument("--quick", action="store_true", help="one size, one kind, float32")
+    args = parser.parse_args()
     # every tensor an allocation of its own: inside a cached segment nothing is out of bounds
     os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     if not torch.cuda.is_available():
         raise SystemExit("no GPU")
-    names = [name for name in ("triton", "cuda") if backends()[name].available]
-    print(f"{call_everything('cuda', names)} calls of {', '.join(names)}")
-    torch.cuda.synchronize()
+    few: dict[str, Any] = {"sizes": SIZES[:1], "kinds": KINDS[:1], "dtypes": [torch.float32]} if args.quick else {}
+    print(f"{call_everything('cuda', args.backends, **few)} calls")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cacr_uniter.benchmark.contenders import OURS, names
 from cacr_uniter.benchmark.measure import out_of_memory
 from cacr_uniter.benchmark.timing import PeakMemory, quantile
 from cacr_uniter.model import UniterConfig, UniterForRetrieval
@@ -90,6 +91,18 @@ class Setting:
         )
 
 
+def backend_of(setting: Setting) -> str:
+    """The backend that computes the auxiliary loss of a setting; empty without one."""
+    aux = setting.config().aux
+    if aux.loss == "none":
+        return ""
+    if aux.backend != "auto":
+        return aux.backend
+    variant, dtype = ("qk" if aux.source == "qk" else "scores"), {"fp16": "float16", "bf16": "bfloat16"}
+    first = names(variant, aux.kind, setting.device, dtype.get(setting.precision, "float32"))[0]
+    return first if first in OURS else "reference"
+
+
 def synthetic_source(n_text: int, n_vision: int, group: int, img_dim: int) -> MemorySource:
     """Random captions of ``n_text`` word pieces and images of ``n_vision`` regions, enough of them for one group."""
     generator = torch.Generator().manual_seed(0)
@@ -156,7 +169,8 @@ class Trainer:
 
 def measure_setting(setting: Setting) -> dict[str, Any]:
     """Row of one setting: time and peak memory of a step, and the most pairs that fit; out of memory is a result."""
-    row: dict[str, Any] = {"status": "ok"}
+    backend = backend_of(setting)
+    row: dict[str, Any] = {"status": "ok", "note": f"backend {backend}" if backend else ""}
     try:
         with PeakMemory(setting.device) as peak:
             trainer = Trainer(setting)

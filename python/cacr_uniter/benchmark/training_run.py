@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cacr_uniter.benchmark import results
-from cacr_uniter.benchmark.machine import provenance
+from cacr_uniter.benchmark.machine import half_dtype, provenance
 from cacr_uniter.benchmark.pool import MALLOC_RETURNS, Row, run_tasks
 from cacr_uniter.benchmark.training_cost import AUXILIARY, Setting
 from cacr_uniter.errors import UserError
@@ -22,6 +22,17 @@ Progress = Callable[[str, int, int], None]
 VARIANTS = ("plain", "mixed", "checkpointing", "mixed+checkpointing", "frozen", "mixed+frozen")
 LAYERS = {"tiny": 2, "base": 12, "large": 24}
 
+QUICK = (
+    *(("mixed", 2, auxiliary) for auxiliary in ("none", "fused", "qk", "eager")),
+    *(
+        ("mixed", 32, "recipe"),
+        ("mixed+checkpointing", 2, "fused"),
+        ("plain", 2, "fused"),
+        ("mixed+frozen", 2, "fused"),
+    ),
+)
+"""The most telling of (variant, group, auxiliary), in this order."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
@@ -29,7 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--models", nargs="+", choices=tuple(LAYERS), help="default: base and large on a GPU, tiny on a CPU")
     add("--auxiliary", nargs="+", choices=tuple(AUXILIARY), default=list(AUXILIARY), help="auxiliary losses")
     add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="precision, memory savings")
-    add("--mixed", choices=("bf16", "fp16"), default="bf16", help="what mixed precision is (fp16 before Ampere)")
+    add("--quick", action="store_true", help="the most telling of these settings, each for every model in turn")
+    add("--mixed", choices=("bf16", "fp16"), help="what mixed precision is (default: bf16, on a GPU before 8.0 fp16)")
     add("--pairs", type=int, default=32, help="pairs in one forward")
     add("--groups", type=int, nargs="+", default=[32, 2], help="pairs to a matched pair, which alone has the loss")
     add("--text", type=int, help="word pieces of a caption (default: 60, tiny: 20)")
@@ -41,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def make_settings(args: argparse.Namespace, device: str) -> list[Setting]:
-    """Every combination, the plainest first.
+    """Every combination, the plainest first; with ``--quick`` the most telling first, the models in turn.
 
     Raises:
         UserError: sizes that do not fit together.
@@ -51,13 +63,18 @@ def make_settings(args: argparse.Namespace, device: str) -> list[Setting]:
     for group in args.groups:
         if group < 2 or args.pairs < group or args.pairs % group:
             raise UserError(f"--groups: {group} is not 2 to --pairs ({args.pairs}) and a divisor of it")
+    mixed = args.mixed or {"bfloat16": "bf16", "float16": "fp16"}[half_dtype(device)]
+    chosen = list(product(models, args.variants, args.groups, args.auxiliary))
+    if args.quick:
+        told = [(model, *rest) for rest in QUICK for model in models]
+        chosen = [setting for setting in told if setting in chosen]
     settings = []
-    for model, variant, group, auxiliary in product(models, args.variants, args.groups, args.auxiliary):
+    for model, variant, group, auxiliary in chosen:
         settings.append(
             Setting(
                 model=model,
                 auxiliary=auxiliary,
-                precision=args.mixed if "mixed" in variant else "fp32",
+                precision=mixed if "mixed" in variant else "fp32",
                 checkpointing="checkpointing" in variant,
                 frozen_layers=LAYERS[model] // 2 if "frozen" in variant else 0,
                 n_text=args.text or (20 if model == "tiny" else 60),
