@@ -56,7 +56,7 @@ def _read_rows(path: Path) -> list[Any]:
         if path.suffix == ".parquet":
             return _parquet_rows(path)
         text = path.read_text(encoding="utf-8")
-        rows = json.loads(text) if path.suffix == ".json" else [json.loads(x) for x in text.splitlines() if x.strip()]
+        rows = json.loads(text) if path.suffix == ".json" else [json.loads(x) for x in text.split("\n") if x.strip()]
     except OSError as error:
         raise UserError(f"examples {path}: cannot be read ({error.strerror or error})") from error
     except ValueError as error:
