@@ -146,8 +146,10 @@ class Display:
 
 def describe(record: dict[str, Any]) -> str:
     """One line of a training record."""
+    norm, skipped = record["grad_norm"], record.get("skipped", 0)
+    overflow = f"  {skipped} skipped, loss scale {record['loss_scale']:.3g}" if skipped else ""
     return (
         f"match {record['matching']:.4f}  aux {record['auxiliary']:.4f} x {record['auxiliary_weight']:.3g}  "
-        f"first {100 * record['first']:.0f}%  lr {record['lr']:.2e}  grad {record['grad_norm']:.2f}  "
-        f"{show_size(record['memory'])}  {record['pairs_per_second']:.0f} pairs/s"
+        f"first {100 * record['first']:.0f}%  lr {record['lr']:.2e}  grad {'-' if norm is None else f'{norm:.2f}'}  "
+        f"{show_size(record['memory'])}  {record['pairs_per_second']:.0f} pairs/s{overflow}"
     )

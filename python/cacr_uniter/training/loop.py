@@ -28,6 +28,9 @@ from cacr_uniter.training.source import PairSource
 from cacr_uniter.training.step import Portion, Stepper
 from cacr_uniter.training.validation import validate
 
+#: fp16 overflows in a row that no loss scale will mend: it has halved each time
+OVERFLOWS = 20
+
 Evaluation = Callable[[UniterForRetrieval, int], dict[str, float]]
 
 
@@ -87,7 +90,9 @@ class Loop:
         self.validation, self.evaluate = validation, evaluate
         self.folder = Path(config.run.out) / "checkpoints"
         self.accelerator = stepper.accelerator
-        self._sums: list[float] = extra.get("window", [0.0] * 5)
+        #: matching, auxiliary, first, groups, norm, skipped (which older checkpoints lack)
+        self._sums: list[float] = [*extra.get("window", []), *[0.0] * 6][:6]
+        self._overflows = 0
         self._seconds: float = extra.get("seconds", 0.0)
         self._mark = time.monotonic()
 
@@ -145,21 +150,24 @@ class Loop:
             raise self._diverged(
                 step + 1, f"matching loss {matching / groups:.4g}, auxiliary loss {auxiliary / groups:.4g}"
             )
-        norm = self.stepper.gather()
-        if not math.isfinite(norm):
-            if self.accelerator.scaler is None:
-                raise self._diverged(step + 1, f"gradient norm {norm:.4g}")
-            norm = 0.0  # fp16 overflow: the scaler skips the update
+        done, norm = step + 1, self.stepper.gather()
+        skipped = not math.isfinite(norm)
+        if skipped and self.accelerator.scaler is None:
+            raise self._diverged(done, f"gradient norm {norm:.4g}")
         self.stepper.update()
-        self._sums = [a + b for a, b in zip(self._sums, (matching, auxiliary, first, groups, norm), strict=True)]
-        done = step + 1
+        self._overflows = self._overflows + 1 if skipped else 0
+        if self._overflows >= min(OVERFLOWS, self.config.optim.steps):
+            scale = self.accelerator.scaler.get_scale()
+            raise self._diverged(done, f"{self._overflows} updates in a row overflowed, loss scale {scale:.3g}")
+        found = (matching, auxiliary, first, groups, 0.0 if skipped else norm, float(skipped))
+        self._sums = [a + b for a, b in zip(self._sums, found, strict=True)]
         logged = done % self.config.run.log_every == 0 or done == self.config.optim.steps
         self.display.update(done, self._record(done) if logged else None)
 
     def _record(self, done: int) -> dict[str, Any]:
         """Writes the training record of the steps since the last one."""
         config = self.config
-        matching, auxiliary, first, groups, norm = self._sums
+        matching, auxiliary, first, groups, norm, skipped = self._sums
         per_step = config.batch.anchors * len(self.stepper.halves)
         steps = max(1, round(groups / per_step))
         elapsed = self._lap()
@@ -173,12 +181,14 @@ class Loop:
             "auxiliary_weight": weight,
             "first": first / groups,
             "lr": self.optimizer.param_groups[0]["lr"],
-            "grad_norm": norm / steps,
+            "grad_norm": norm / (steps - skipped) if steps > skipped else None,
             "memory": self._memory(),
             "pairs_per_second": groups * self.stepper.size / elapsed if elapsed > 0 else 0.0,
             "seconds": self._seconds,
         }
-        self._sums = [0.0] * 5
+        if self.accelerator.scaler is not None:
+            record |= {"skipped": int(skipped), "loss_scale": self.accelerator.scaler.get_scale()}
+        self._sums = [0.0] * 6
         self.log.write(record)
         return record
 

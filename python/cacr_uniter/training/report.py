@@ -54,9 +54,11 @@ def write_report(
         "software": f"torch {torch.__version__}, Python {platform.python_version()}",
         "checkpoint": f"`{checkpoint}`",
     }
+    if "loss_scale" in last:
+        facts["updates skipped after an fp16 overflow"] = str(sum(record.get("skipped", 0) for record in trained))
     if best.path is not None:
         facts["best on validation"] = str(best)
-    final = {title: f"{last[field]:.4g}" for field, title in TRAINED}
+    final = {title: "-" if last[field] is None else f"{last[field]:.4g}" for field, title in TRAINED}
     lines = ["# Training report", "", *_table(("", ""), facts.items()), "", "## Last training record", ""]
     lines += [*_table(("quantity", "value"), final.items()), ""]
     for event in ("validation", "evaluation"):
