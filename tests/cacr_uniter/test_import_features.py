@@ -13,7 +13,6 @@ import pytest
 
 from cacr_uniter.data.check import check_database
 from cacr_uniter.data.importers import FORMATS, import_features
-from cacr_uniter.data.importers.names import image_namer
 from cacr_uniter.data.importers.testing import (
     NAMES,
     Image,
@@ -27,6 +26,7 @@ from cacr_uniter.data.importers.testing import (
     vinvl_tsv,
 )
 from cacr_uniter.data.lmdb import BoxRule, ImageDB
+from cacr_uniter.data.names import image_namer
 from cacr_uniter.errors import UserError
 
 Maker = Callable[[Path], Path]
@@ -277,6 +277,9 @@ def test_damaged_hdf5(tmp_path: Path) -> None:
         ("coco_train2014", "9", "coco_train2014_000000000009.npz"),
         ("vg", "2315446.jpg", "vg_000002315446.npz"),
         ("winoground_{}.npz", "0001_0", "winoground_0001_0.npz"),
+        ("winoground", "images/ex_7_img_1.png", "winoground_0007_1.npz"),
+        ("winoground", "0399_0.npz", "winoground_0399_0.npz"),
+        ("winoground", "winoground_0012_1.npz", "winoground_0012_1.npz"),
         ("x_{:03d}.npz", "img7.png", "x_007.npz"),
     ],
 )
@@ -289,6 +292,9 @@ def test_names_without_digits_are_refused() -> None:
         image_namer("flickr30k")("dog.jpg")
     with pytest.raises(ValueError, match="train2014 or val2014"):
         image_namer("coco")("391895.jpg")
+    for name in ("ex_7_img_2.png", "ex_img_1", "7.jpg"):
+        with pytest.raises(ValueError, match="example and image, such as ex_7_img_1"):
+            image_namer("winoground")(name)
     for names in ("plain", "{}{}.npz", "{x}.npz", "{"):
         with pytest.raises(UserError, match="names: expected one of"):
             image_namer(names)

@@ -69,7 +69,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
             low = generator.random((12, 2)) * 0.4
             boxes = np.concatenate([low, low + 0.5, np.full((12, 2), 0.5)], axis=1)
             np.savez_compressed(
-                root / "npz" / f"winoground_{number:04d}_{k}.npz",
+                root / "npz" / f"ex_{number}_img_{k}.npz",
                 norm_bb=boxes.astype(np.float16),
                 features=generator.normal(size=(12, 12)).astype(np.float16),
                 conf=np.linspace(0.9, 0.1, 12).astype(np.float16),
@@ -108,7 +108,7 @@ def test_published_files_become_tables(
         return capsys.readouterr().out
 
     cacr("data", "import", "winoground", examples, "--vocab", files / "vocab.txt", "--out", tmp_path)
-    cacr("data", "import", "uniter-npz", files / "npz", "--out", images)
+    cacr("data", "import", "uniter-npz", files / "npz", "--names", "winoground", "--out", images)
     cacr("data", "check", tmp_path / "winoground.db", "--images", images)
     tagged = ("--examples", examples, "--difficulty", files / "new_tag_assignments.json")
     data = ("--text", tmp_path / "winoground.db", "--images", images)

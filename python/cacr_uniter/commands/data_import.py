@@ -93,7 +93,7 @@ def _parser() -> Parser:
     add("format", choices=formats, help="format of the source")
     add("source", type=Path, help="file, or folder of npz files")
     add("--out", type=Path, required=True, help="folder that will hold the database")
-    add("--names", help="npz names: keep, flickr30k, coco, ... (default: keep; captions: as the JSON says)")
+    add("--names", help="npz names: keep, flickr30k, coco, winoground, ... (default: keep; captions: as the JSON says)")
     add("--threshold", type=float, default=0.2, help="confidence above which regions are kept (default: 0.2)")
     add("--max-boxes", type=positive, default=100, help="most regions of an image (default: 100)")
     add("--min-boxes", type=int, default=10, help="least regions of an image, if it has them (default: 10)")

@@ -9,11 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cacr_uniter.data.names import WINOGROUND
 from cacr_uniter.errors import UserError
 from cacr_uniter.evaluation.winoground import by_value
-
-PUBLISHED_IMAGE = "winoground_{id:04d}_{k}.npz"
-"""Region features of image k of published example `id`, where the file names no npz."""
 
 BREAKDOWNS = ("split", "collapsed_tag", "num_main_preds", "secondary_tag", "tag", "difficulty")
 """Names of the breakdowns, without the countings of secondary tags."""
@@ -92,7 +90,8 @@ def _example(path: Path, number: int, row: Any) -> Example:
 
 
 def _image_name(key: str, k: int, given: Any) -> str:
-    return given if isinstance(given, str) and given.endswith(".npz") else PUBLISHED_IMAGE.format(id=int(key), k=k)
+    """The npz name that is given, else that of image k of a published example."""
+    return given if isinstance(given, str) and given.endswith(".npz") else WINOGROUND.format(int(key), k)
 
 
 def read_difficulty(path: Path) -> dict[str, list[str]]:

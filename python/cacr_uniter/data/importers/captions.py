@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cacr_uniter.data.importers.names import image_namer
+from cacr_uniter.data.names import image_namer
 from cacr_uniter.data.text_db import TextDBWriter
 from cacr_uniter.data.tokenize import WordPieceTokenizer
 from cacr_uniter.errors import UserError

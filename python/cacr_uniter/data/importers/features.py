@@ -14,7 +14,6 @@ import numpy as np
 from cacr_uniter.data.box_rule import BoxRule
 from cacr_uniter.data.image_db import ImageDBWriter
 from cacr_uniter.data.importers.hdf5 import AdaptiveHdf5, FixedHdf5
-from cacr_uniter.data.importers.names import image_namer
 from cacr_uniter.data.importers.npz import MilvlgNpz, UniterNpz
 from cacr_uniter.data.importers.records import (
     Findings,
@@ -27,6 +26,7 @@ from cacr_uniter.data.importers.records import (
 )
 from cacr_uniter.data.importers.tsv import ButdTsv, LxmertTsv, VinvlTsv
 from cacr_uniter.data.lmdb_store import read_json, write_json
+from cacr_uniter.data.names import image_namer
 from cacr_uniter.errors import UserError
 
 FORMATS = ("butd-tsv", "lxmert-tsv", "vinvl-tsv", "milvlg-npz", "uniter-npz", "hdf5-fixed", "hdf5-adaptive")

@@ -16,6 +16,7 @@ PATTERNS = {
     "coco_val2014": "coco_val2014_{:012d}.npz",
     "vg": "vg_{:012d}.npz",
 }
+WINOGROUND = "winoground_{:04d}_{}.npz"
 SUFFIXES = (".jpg", ".jpeg", ".png", ".npz", ".npy")
 
 
@@ -24,21 +25,22 @@ def image_namer(names: str) -> Callable[[str], str]:
 
     Args:
         names: "keep" (stem + .npz), a known set ("flickr30k", "coco_train2014", "coco_val2014", "vg"), "coco" (file
-            names that say train2014 or val2014), or a pattern with one field, such as "mine_{:08d}.npz". A numeric
-            field takes the digits at the end of the name.
+            names that say train2014 or val2014), "winoground" (`ex_7_img_1`, as the published pictures are called, or
+            `0007_1`), or a pattern with one field, such as "mine_{:08d}.npz". A numeric field takes the digits at the
+            end of the name.
 
     Raises:
         UserError: `names` is none of these. The returned function raises ValueError for a name without digits.
     """
-    if names == "coco":
-        return _coco_name
+    if names in SPECIAL:
+        return SPECIAL[names]
     pattern = PATTERNS.get(names, names)
     try:
         fields = [field for _, field, _, _ in string.Formatter().parse(pattern) if field is not None]
     except ValueError:
         fields = []
     if fields != [""]:
-        known = ", ".join(["coco", *PATTERNS])
+        known = ", ".join([*SPECIAL, *PATTERNS])
         raise UserError(
             f"names: expected one of {known}, or a pattern with one field like 'x_{{:012d}}.npz', got {names!r}"
         )
@@ -73,3 +75,14 @@ def _coco_name(source: str) -> str:
             f"image name {stem!r} does not say train2014 or val2014; name the set: coco_train2014 or coco_val2014"
         )
     return f"coco_{split[1]}_{int(split[2]):012d}.npz"
+
+
+def _winoground_name(source: str) -> str:
+    stem = _stem(source)
+    found = re.search(r"(\d+)(?:_img)?_([01])$", stem)
+    if found is None:
+        raise ValueError(f"image name {stem!r} does not end in example and image, such as ex_7_img_1 or 0007_1")
+    return WINOGROUND.format(int(found[1]), found[2])
+
+
+SPECIAL = {"coco": _coco_name, "winoground": _winoground_name}
