@@ -1,12 +1,7 @@
 """What `cacr bench` adds to kernels: ceilings, numerics, training, the report about a GPU."""
 
 import argparse
-import json
-import signal
-import subprocess
 import sys
-import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +11,6 @@ from cacr_uniter import cli
 from cacr_uniter.benchmark import (
     ceilings,
     contenders,
-    gpu_report,
     numerics,
     results,
     sanitized,
@@ -24,7 +18,6 @@ from cacr_uniter.benchmark import (
     training_run,
 )
 from cacr_uniter.benchmark.ceilings import measure_ceilings
-from cacr_uniter.benchmark.gpu_report import STAGES, Stage, report, run_stage
 from cacr_uniter.benchmark.training_cost import Setting, largest, measure_setting
 from cacr_uniter.errors import UserError
 from cacr_uniter.training.config import AuxConfig
@@ -195,73 +188,6 @@ def test_a_row_names_the_backend_of_its_loss(monkeypatch):
         for name in training_cost.AUXILIARY
     }
     assert found == {"none": "", "eager": "reference", "fused": "cuda", "qk": "reference", "recipe": "cuda"}
-
-
-def python(program):
-    return [sys.executable, "-c", program]
-
-
-def test_a_late_stage_is_stopped_with_what_it_started(tmp_path):
-    child = "import subprocess, sys; print(subprocess.Popen(['sleep', '60']).pid, flush=True); sys.exit()"
-    waits = f"import subprocess, sys, time; subprocess.run([sys.executable, '-c', {child!r}]); time.sleep(60)"
-    assert run_stage([python(waits)], tmp_path / "slow.log", 5.0)["outcome"] == "stopped after 5 s"
-    started = int((tmp_path / "slow.log").read_text().split()[-1])
-    for _ in range(100):
-        state = Path(f"/proc/{started}/stat")
-        if not state.exists() or state.read_text().split()[2] == "Z":
-            break
-        time.sleep(0.05)
-    else:
-        pytest.fail("a process of the stage is still there")
-
-
-def test_an_interrupted_report_leaves_no_process(tmp_path, monkeypatch):
-    begun = []
-
-    class Interrupted(subprocess.Popen):
-        def wait(self, timeout=None):
-            begun.append(self)
-            if len(begun) == 1:
-                raise KeyboardInterrupt
-            return super().wait(timeout)
-
-    monkeypatch.setattr(gpu_report.subprocess, "Popen", Interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run_stage([python("import time; time.sleep(60)")], tmp_path / "log", 60.0)
-    assert begun[0].poll() == -signal.SIGKILL
-
-
-def test_the_report_survives_stages_that_fail(tmp_path, monkeypatch):
-    def not_here(*_):
-        raise UserError("needs the repository")
-
-    stages = {
-        "exits": lambda *_: [python("exit(3)"), python("print('the next command runs')")],
-        "refuses": not_here,
-        "nowhere": lambda *_: [["/nowhere/tool"]],
-        "absent": lambda *_: [],
-        "fine": lambda *_: [python("print('done')")],
-    }
-    monkeypatch.setattr(gpu_report, "STAGES", {name: Stage(0.2, commands) for name, commands in stages.items()})
-    report(list(stages), tmp_path, 60.0, lambda _: None)
-    found = json.loads((tmp_path / "report.json").read_text())
-    assert found["exits"]["outcome"] == "failed with exit status 3"
-    assert "the next command runs" in (tmp_path / "report-exits.log").read_text()
-    assert found["refuses"]["outcome"] == "failed: needs the repository"
-    assert found["nowhere"]["outcome"].startswith("failed: ")
-    assert found["absent"]["outcome"] == "left out: its tool is not installed"
-    assert found["fine"]["outcome"] == "ok"
-
-
-def test_the_stages_share_the_time():
-    assert sum(stage.share for stage in STAGES.values()) == pytest.approx(1.0)
-
-
-def test_a_report_without_a_gpu_is_refused(capsys):
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
-    assert cli.main(["bench", "gpu-report"]) == 2
-    assert "needs an NVIDIA GPU" in capsys.readouterr().err
 
 
 def test_the_sanitizer_script_calls_every_kind(capsys):

@@ -1,14 +1,16 @@
 """`cacr bench gpu-report`: what a GPU says about this package, in minutes, each result written as soon as it exists.
 
-Stages: doctor, tests, sanitizer, goals, kernels, training, numerics, summary. Each has a share of the time; one that
-is late is stopped, what it has written stays, and the report says so.
+Stages in order of worth: doctor, smoke, goals, tests, sanitizer, training, numerics, kernels, summary. Each has a share
+of the time; one that is late is stopped, what it has written stays, and the report says so.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,105 +21,203 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from cacr_uniter.benchmark.results import REPORT
 from cacr_uniter.errors import UserError
 
 BUDGET = 520.0
 """Seconds of the whole report: under nine minutes."""
 
-GOAL_SHAPES = ("uniter-100-b128", "uniter-36-b128", "square-4096")
+SECONDS = "{seconds}"
+"""In a command: most of the seconds it has, so that it ends by itself and says what it left out."""
+
+MOST_WORKERS = 8
+"""Processes that share the GPU in the tests; each has a CUDA context of its own."""
+
+KERNEL_TESTS = "(triton or cuda or card or gpu) and not (emulated or test_build or cuda_compile or aot or launch_table)"
+"""Tests of cacr_kernels that a GPU runs, by name."""
+
+GPU_BACKENDS = ("cuda", "triton")
+
+
+@dataclass(frozen=True)
+class Command:
+    """Words of a command, and its weight when the commands of a stage share the time."""
+
+    words: Sequence[str]
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Commands of a stage, and its share of the budget."""
+    """Commands of a stage, given the folder of the results, and its share of the budget."""
 
     share: float
-    commands: Callable[[Path, float], list[list[str]]]
+    commands: Callable[[Path], list[Command]]
 
 
 def _cacr(*words: str) -> list[str]:
     return [sys.executable, "-m", "cacr_uniter.cli", *words]
 
 
-def _doctor(out: Path, seconds: float) -> list[list[str]]:
-    return [_cacr("doctor"), [sys.executable, "-c", "import cacr_kernels.native as n; print(n.build_info())"]]
+def _calls(*words: str) -> list[str]:
+    return [sys.executable, "-m", "cacr_uniter.benchmark.sanitized", *words]
 
 
-def _tests(out: Path, seconds: float) -> list[list[str]]:
-    tests = Path("tests/cacr_kernels")
-    if not tests.is_dir():
-        raise UserError("the stage tests needs the repository: run it there, or choose other stages with --stages")
-    return [[sys.executable, "-m", "pytest", str(tests), "-q", "--maxfail=20", "-m", "gpu or not slow"]]
+def _available() -> list[str]:
+    """Our backends that this GPU can run.
+
+    Raises:
+        UserError: none can.
+    """
+    from cacr_kernels import backends
+
+    found = [name for name in GPU_BACKENDS if backends()[name].available]
+    if not found:
+        raise UserError("neither triton nor cuda can run here: see `cacr doctor`")
+    return found
 
 
-def _sanitizer(out: Path, seconds: float) -> list[list[str]]:
-    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    if not Path(tool).is_file():
-        return []
-    script = [sys.executable, "-m", "cacr_uniter.benchmark.sanitized"]
-    return [[tool, "--tool", name, "--error-exitcode", "1", *script] for name in ("memcheck", "racecheck")]
+def _doctor(out: Path) -> list[Command]:
+    build = [sys.executable, "-c", "import cacr_kernels.native as n; print(n.build_info())"]
+    return [Command(_cacr("doctor")), Command(build)]
 
 
-def _goals(out: Path, seconds: float) -> list[list[str]]:
-    options = ["--preset", "full", "--shapes", *GOAL_SHAPES, "--kinds", "scores", "--seconds", "0.4"]
-    return [_cacr("bench", *options, "--budget", f"{0.8 * seconds:.0f}", "--out", str(out))]
+def _smoke(out: Path) -> list[Command]:
+    return [Command(_calls("--quick", *_available()))]
 
 
-def _kernels(out: Path, seconds: float) -> list[list[str]]:
+def _goals(out: Path) -> list[Command]:
+    """The goals of docs/performance.md, the one of q and k first."""
+    from cacr_uniter.benchmark.machine import half_dtype
+
+    half = half_dtype("cuda")
+    usual = ["--preset", "full", "--kinds", "scores", "--budget", SECONDS, "--out", str(out)]
+    peers = ["eager", "compiled", "compiled-max"]
+    long = ["--shapes", "square-4096", "--variants", "qk", "--dtypes", half, "--contenders", "triton", "sdpa", *peers]
+    uniter = ["--shapes", "uniter-100-b128", "uniter-36-b128", "--dtypes", half, "float32"]
     return [
-        _cacr("bench", "--preset", "full", "--seconds", "0.2", "--budget", f"{0.8 * seconds:.0f}", "--out", str(out))
+        Command(_cacr("bench", *usual, *long, "--seconds", "0.4")),
+        Command(_cacr("bench", *usual, *uniter, "--contenders", "triton", "cuda", *peers, "--seconds", "0.2"), 3.0),
     ]
 
 
-def _training(out: Path, seconds: float) -> list[list[str]]:
-    options = ["--memory-limit", "11GB", "--seconds", "0.5", "--budget", f"{0.85 * seconds:.0f}", "--out", str(out)]
-    return [_cacr("bench", "training", *options)]
+def _tests(out: Path) -> list[Command]:
+    if not Path("tests/cacr_kernels").is_dir():
+        raise UserError("the stage tests needs the repository: run it there, or choose other stages with --stages")
+    workers = []
+    if importlib.util.find_spec("xdist") is not None:
+        workers = ["-n", str(min(MOST_WORKERS, os.cpu_count() or 1)), "--dist", "loadgroup"]
+    usual = [sys.executable, "-m", "pytest", "-v", "--maxfail=20"]
+    return [
+        Command([*usual, *workers, "tests/cacr_kernels", "-k", KERNEL_TESTS, "-m", "gpu or not slow"], 4.0),
+        Command([*usual, "tests/cacr_uniter", "-m", "gpu"]),
+    ]
 
 
-def _numerics(out: Path, seconds: float) -> list[list[str]]:
-    return [_cacr("bench", "numerics", "--print")]
+def sanitizer() -> Path | None:
+    """compute-sanitizer from the path or the CUDA toolkit; None if there is none."""
+    folders = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    found = [
+        shutil.which("compute-sanitizer"),
+        *(Path(folder) / "bin/compute-sanitizer" for folder in folders if folder),
+    ]
+    return next((Path(tool) for tool in found if tool is not None and Path(tool).is_file()), None)
 
 
-def _summary(out: Path, seconds: float) -> list[list[str]]:
-    return [_cacr("bench", "plot", "--out", str(out))]
+def _sanitizer(out: Path) -> list[Command]:
+    """Both tools on every backend; Triton's kernels are compiled before, not under a tool."""
+    tool = sanitizer()
+    if tool is None:
+        return []
+    commands = []
+    for name in _available():
+        if name == "triton":
+            commands.append(Command(_calls(name)))
+        for kind in ("memcheck", "racecheck"):
+            options = ["--tool", kind, "--report-api-errors", "no", "--error-exitcode", "1"]
+            commands.append(Command([str(tool), *options, *_calls(name)]))
+    return commands
+
+
+def _training(out: Path) -> list[Command]:
+    usual = ["--memory-limit", "11GB", "--seconds", "0.5", "--budget", SECONDS, "--out", str(out)]
+    search = ["--variants", "mixed", "--groups", "2", "--auxiliary", "none", "qk"]
+    return [
+        Command(_cacr("bench", "training", "--quick", "--no-search", *usual), 3.0),
+        Command(_cacr("bench", "training", *search, *usual)),
+    ]
+
+
+def _numerics(out: Path) -> list[Command]:
+    return [Command(_cacr("bench", "numerics", "--print", "--quick", "--backends", *_available()))]
+
+
+def _kernels(out: Path) -> list[Command]:
+    options = ["--preset", "full", "--seconds", "0.2", "--budget", SECONDS, "--out", str(out)]
+    return [Command(_cacr("bench", *options))]
+
+
+def _summary(out: Path) -> list[Command]:
+    return [Command(_cacr("bench", "plot", "--out", str(out)))]
 
 
 STAGES = {
-    "doctor": Stage(0.04, _doctor),
-    "tests": Stage(0.22, _tests),
-    "sanitizer": Stage(0.12, _sanitizer),
-    "goals": Stage(0.20, _goals),
-    "training": Stage(0.16, _training),
-    "kernels": Stage(0.16, _kernels),
-    "numerics": Stage(0.06, _numerics),
-    "summary": Stage(0.04, _summary),
+    "doctor": Stage(0.03, _doctor),
+    "smoke": Stage(0.05, _smoke),
+    "goals": Stage(0.32, _goals),
+    "tests": Stage(0.20, _tests),
+    "sanitizer": Stage(0.13, _sanitizer),
+    "training": Stage(0.10, _training),
+    "numerics": Stage(0.04, _numerics),
+    "kernels": Stage(0.10, _kernels),
+    "summary": Stage(0.03, _summary),
 }
 
 
-def run_stage(commands: Sequence[Sequence[str]], log: Path, seconds: float) -> dict[str, object]:
-    """Runs commands one after another into a log; stops them together when the time is over."""
-    start = time.monotonic()
-    outcome: dict[str, object] = {"outcome": "ok", "log": log.name}
+def run_stage(commands: Sequence[Command], log: Path, seconds: float) -> dict[str, object]:
+    """Runs commands one after another into a log, each for at most its part of the time that is left.
+
+    What one leaves is shared by the next; one that is late is stopped with all that it started.
+    """
     if not commands:
         return {"outcome": "left out: its tool is not installed"}
+    start = time.monotonic()
+    faults = []
     with log.open("w", encoding="utf-8") as file:
-        for command in commands:
-            file.write("$ " + " ".join(command) + "\n")
+        for number, command in enumerate(commands):
+            left = seconds - (time.monotonic() - start)
+            limit = max(left * command.weight / sum(other.weight for other in commands[number:]), 1.0)
+            words = [f"{0.85 * limit:.0f}" if word == SECONDS else word for word in command.words]
+            file.write("$ " + " ".join(words) + "\n")
             file.flush()
-            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+            process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
             try:
-                code = process.wait(max(seconds - (time.monotonic() - start), 1.0))
+                code = process.wait(limit)
+                if code:
+                    faults.append(f"failed with exit status {code}")
             except subprocess.TimeoutExpired:
-                outcome["outcome"] = f"stopped after {seconds:.0f} s"
-                break
+                faults.append(f"stopped after {limit:.0f} s")
             finally:  # also what the command left behind, and when the report itself is interrupted
                 with suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-            if code:
-                outcome["outcome"] = f"failed with exit status {code}"
-    outcome["seconds"] = round(time.monotonic() - start, 1)
-    return outcome
+    spent = round(time.monotonic() - start, 1)
+    return {"outcome": "; ".join(sorted(faults)) or "ok", "log": log.name, "seconds": spent}
+
+
+def counts_of_tests(log: str) -> str:
+    """``812 passed, 30 skipped`` of each pytest in a log: its last line, or its single tests if it was stopped before."""
+    return "; ".join(_counts(run) for run in re.split(r"^\$ ", log, flags=re.MULTILINE) if run)
+
+
+def _counts(run: str) -> str:
+    last = re.findall(r"^=+ (\d+ \w+(?:, \d+ \w+)*) in [\d.]+s", run, re.MULTILINE)
+    if last:
+        return str(last[-1])
+    lines = [line.split() for line in run.splitlines() if "::" in line]
+    words = ("PASSED", "FAILED", "ERROR", "SKIPPED")
+    counts = {word.lower(): sum(word in line for line in lines) for word in words}
+    return ", ".join(f"{count} {word}" for word, count in counts.items() if count) or "none finished"
 
 
 def report(stages: Sequence[str], out: Path, budget: float, say: Callable[[str], None]) -> dict[str, dict[str, object]]:
@@ -133,11 +233,14 @@ def report(stages: Sequence[str], out: Path, budget: float, say: Callable[[str],
         seconds = max((end - time.monotonic()) * STAGES[name].share / remaining, 5.0)
         say(f"{name}: up to {seconds:.0f} s")
         try:
-            outcomes[name] = run_stage(STAGES[name].commands(out, seconds), out / f"report-{name}.log", seconds)
+            log = out / f"report-{name}.log"
+            outcomes[name] = run_stage(STAGES[name].commands(out), log, seconds)
+            if name == "tests":
+                outcomes[name]["tests"] = counts_of_tests(log.read_text(encoding="utf-8", errors="replace"))
         except (UserError, OSError) as error:
             outcomes[name] = {"outcome": f"failed: {error}"}
         say(f"{name}: {outcomes[name]['outcome']}")
-        (out / "report.json").write_text(json.dumps(outcomes, indent=1) + "\n", encoding="utf-8")
+        (out / REPORT).write_text(json.dumps(outcomes, indent=1) + "\n", encoding="utf-8")
     return outcomes
 
 
