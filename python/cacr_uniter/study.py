@@ -26,8 +26,8 @@ from cacr_uniter.training.command import load_config
 
 VARIANTS: dict[str, tuple[str, ...]] = {
     "none": ("--aux.loss=none",),
-    "iais-singular": ("--aux.loss=iais-singular", "--aux.heads=mean"),
-    "iais-distributed": ("--aux.loss=iais-distributed", "--aux.heads=mean"),
+    "iais-singular": ("--aux.loss=iais-singular", "--aux.kind=probs", "--aux.heads=mean"),
+    "iais-distributed": ("--aux.loss=iais-distributed", "--aux.kind=probs", "--aux.heads=mean"),
     "cacr": ("--aux.loss=cacr", "--aux.kind=softmax", "--aux.heads=each"),
     "cacr-scores": ("--aux.loss=cacr", "--aux.kind=scores", "--aux.heads=each"),
     "cacr-probs": ("--aux.loss=cacr", "--aux.kind=probs", "--aux.heads=mean"),

@@ -14,6 +14,7 @@ import yaml
 from cacr_uniter.cli import main
 from cacr_uniter.data.testing import Payload
 from cacr_uniter.errors import UserError
+from cacr_uniter.study import VARIANTS
 from cacr_uniter.training import TrainConfig, train
 from cacr_uniter.training.build import build_model, model_config
 from cacr_uniter.training.checks import check
@@ -155,6 +156,11 @@ def test_presets_combine_and_are_valid(name: str, aux: str) -> None:
         assert (config.batch.pool, config.batch.negatives, config.batch.mining) == (399, 31, "hard")
         assert (config.optim.lr, config.optim.steps, config.optim.warmup, config.optim.clip) == (5e-5, 5000, 500, 2.0)
         assert config.model.freeze_layers == (12 if name == "flickr-large" else 0)
+
+
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_variants_of_the_study_are_valid(variant: str) -> None:
+    check(load_config("demo", list(VARIANTS[variant])))
 
 
 def test_defaults_are_the_published_recipe() -> None:

@@ -22,6 +22,9 @@ FREE_FIELDS = {
     "aux": {"backend"},
 }
 
+#: fields of the auxiliary loss that only CACR reads
+CACR_ONLY = ("kind", "row_reduction", "stop_gradient", "projection_scale", "backend")
+
 Bound = tuple[str, Callable[[float], bool], str]
 
 POSITIVE = (lambda value: value > 0, "a positive number")
@@ -114,5 +117,10 @@ def _check_aux(aux: AuxConfig) -> None:
         )
     if aux.loss != "cacr" and aux.heads not in ("each", "mean"):
         raise UserError(f"aux.heads is {aux.heads}: {aux.loss} works on probabilities, give mean (IAIS) or each")
-    if aux.loss != "cacr" and (aux.stop_gradient != "none" or aux.projection_scale != 1.0):
-        raise UserError(f"aux.stop_gradient and aux.projection_scale belong to cacr, aux.loss is {aux.loss}")
+    if aux.loss != "cacr":
+        for name, default in ((name, getattr(AuxConfig(), name)) for name in CACR_ONLY):
+            if getattr(aux, name) != default:
+                raise UserError(
+                    f"aux.{name} is {getattr(aux, name)}: it belongs to aux.loss cacr and {aux.loss} would ignore it; "
+                    f"leave it out (or give {default})"
+                )

@@ -125,7 +125,8 @@ class LossConfig:
 @dataclass(frozen=True)
 class AuxConfig:
     """The auxiliary loss on the attention of the matched pairs. Every ambiguity of the paper is a field; the defaults
-    are what its authors most probably ran, being those of the IAIS code wherever the paper says nothing else.
+    are what its authors most probably ran, being those of the IAIS code wherever the paper says nothing else. ``kind``,
+    ``row_reduction``, ``stop_gradient``, ``projection_scale`` and ``backend`` belong to ``cacr`` alone.
 
     Args:
         loss: ``cacr`` (Eq. 6), ``iais-singular``, ``iais-distributed`` or ``none``.
