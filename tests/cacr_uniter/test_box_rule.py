@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 
 from cacr_uniter import cli
-from cacr_uniter.data.box_rule import BoxRule
 from cacr_uniter.data.check import check_database
-from cacr_uniter.data.image_db import ImageDB, ImageDBWriter
+from cacr_uniter.data.lmdb import BoxRule, ImageDB, ImageDBWriter
 from cacr_uniter.errors import UserError
 from cacr_uniter.evaluation.scoring import run_rule
 from cacr_uniter.training.testing import SMALL, write_databases

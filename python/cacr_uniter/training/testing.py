@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from cacr_uniter.data.box_rule import BoxRule
-from cacr_uniter.data.image_db import ImageDBWriter
+from cacr_uniter.data.image_writer import ImageDBWriter
 from cacr_uniter.data.text_db import TextDBWriter
 from cacr_uniter.training.build import build_accelerator
 from cacr_uniter.training.command import load_config

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from cacr_uniter.data.box_rule import BoxRule
-from cacr_uniter.data.image_db import ImageDBWriter
+from cacr_uniter.data.image_writer import ImageDBWriter
 from cacr_uniter.data.importers.hdf5 import AdaptiveHdf5, FixedHdf5
 from cacr_uniter.data.importers.npz import MilvlgNpz, UniterNpz
 from cacr_uniter.data.importers.records import (

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from cacr_uniter.data.image_db import ImageDBWriter
+from cacr_uniter.data.image_writer import ImageDBWriter
 from cacr_uniter.data.scenes.catalogue import Catalogue
 from cacr_uniter.data.scenes.painting import paint
 from cacr_uniter.data.scenes.sampling import Contrast, Sampler
