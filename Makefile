@@ -4,7 +4,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 OLD_TRITON := .cache/triton-3.6
-JOBS   ?= $(shell nproc 2>/dev/null || echo 2)
+# processes of the tests: one a core, but where a GPU answers at most 8, because each has a CUDA context of its own
+JOBS   ?= $(shell n=$$(nproc 2>/dev/null || echo 2); if [ $$n -gt 8 ] && nvidia-smi -L >/dev/null 2>&1; then n=8; fi; echo $$n)
 
 .PHONY: setup demo study test lint aot aot-old-triton bench gpu-report clean
 

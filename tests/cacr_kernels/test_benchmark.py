@@ -19,6 +19,10 @@ def value_and_gradient(function, *tensors):
     return loss.detach(), torch.autograd.grad(loss, leaves)
 
 
+def test_nothing_is_timed_unless_asked_for(pytestconfig):
+    assert "--benchmark-disable" in pytestconfig.getini("addopts")
+
+
 @pytest.mark.parametrize("kind", ["scores", "softmax"])
 def test_forward_and_backward(benchmark, backend, device, kind):
     attn = make_scores(T, R, batch=1, heads=2, std=0.5, device=device)

@@ -1,6 +1,8 @@
 """`cacr bench gpu-report`: its commands, their time, what it says of stages that are late or fail."""
 
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -81,6 +83,18 @@ def test_a_report_without_a_gpu_is_refused(capsys):
         pytest.skip("this machine has a GPU")
     assert cli.main(["bench", "gpu-report"]) == 2
     assert "needs an NVIDIA GPU" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize(("cores", "gpu", "processes"), [(4, 0, 4), (192, 0, 8), (192, 1, 192)])
+def test_make_test_has_few_processes_where_a_gpu_answers(tmp_path, cores, gpu, processes):
+    for name, script in (("nproc", f"echo {cores}"), ("nvidia-smi", f"exit {gpu}")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    words = ["make", "--dry-run", "test", "STAMP=/dev/null", "OLD_TRITON=/dev/null"]
+    environment = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    made = subprocess.run(words, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2]).stdout
+    assert f"-n {processes} " in made
 
 
 @pytest.fixture

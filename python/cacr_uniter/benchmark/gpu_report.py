@@ -206,7 +206,7 @@ def run_stage(commands: Sequence[Command], log: Path, seconds: float) -> dict[st
 
 
 def counts_of_tests(log: str) -> str:
-    """``812 passed, 30 skipped`` of each pytest in a log: its last line, or its single tests if it was stopped before."""
+    """``812 passed, 30 skipped`` of each pytest in a log: its last line, or its single tests where that is missing."""
     return "; ".join(_counts(run) for run in re.split(r"^\$ ", log, flags=re.MULTILINE) if run)
 
 
