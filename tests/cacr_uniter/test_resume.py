@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from cacr_uniter.data.testing import Payload
 from cacr_uniter.errors import UserError
 from cacr_uniter.training import checkpoint as checkpoints
+from cacr_uniter.training.checks import differences
 from cacr_uniter.training.testing import numbers, small_config, small_run
 
 KILLED = -signal.SIGKILL
@@ -178,6 +179,13 @@ def test_a_finished_run_is_left_as_it_is(whole: Path) -> None:
 def test_resume_refuses_other_settings_by_name(whole: Path) -> None:
     with pytest.raises(UserError, match=r"optim\.lr: 0\.001 -> 0\.5.*run\.overwrite"):
         small_run(small_config(whole, optim__lr=0.5))
+
+
+def test_a_field_newer_than_the_checkpoint_had_its_default(whole: Path) -> None:
+    saved = checkpoints.load(whole / "checkpoints" / "step-00000008").config
+    del saved["aux"]["pairs"]
+    assert differences(saved, small_config(whole)) == []
+    assert differences(saved, small_config(whole, aux__pairs="all")) == ["aux.pairs: positives -> all"]
 
 
 def test_resume_no_refuses_a_used_folder(whole: Path) -> None:

@@ -116,6 +116,29 @@ def test_the_auxiliary_loss_has_the_weight_it_says(tmp_path: Path) -> None:
     torch.testing.assert_close(reference, 4 * accum, rtol=1e-3, atol=1e-7)
 
 
+@pytest.mark.parametrize("mining", ["random", "shared"])
+def test_the_auxiliary_loss_takes_the_pairs_it_says(tmp_path: Path, mining: str) -> None:
+    """All pairs of a group, averaged: what one by one they give."""
+    common = {"model__dropout": 0.0, "batch__mining": mining, "aux__sides": "alternate"}
+    common |= {"batch__anchors": 4} if mining == "shared" else {}
+    stepper = make_stepper(tmp_path, aux__pairs="all", **common)
+    positives = make_stepper(tmp_path, **common)
+    portion = next(stepper.portions(0))
+    stepper.begin(0)
+    assert stepper.auxiliary is not None
+    rows = portion.rows.view(len(portion.groups), -1)
+    batch = portion.pairs.batch()
+    with torch.no_grad():
+        last_input = stepper.model(batch).last_input
+        losses = torch.zeros(rows.shape)
+        for g, group in enumerate(portion.groups):
+            for pair, row in enumerate(rows[g].split(1)):
+                q, k = next(stepper.attention.queries_and_keys(last_input, row))
+                losses[g, pair] = stepper.auxiliary(q, k, batch.select(row), group.half)
+    assert stepper.backward(portion)[1].item() == pytest.approx(losses.mean(dim=1).sum().item(), rel=1e-4)
+    assert positives.backward(portion)[1].item() == pytest.approx(losses[:, 0].sum().item(), rel=1e-4)
+
+
 def test_losses_of_several_layers_are_averaged(tmp_path: Path) -> None:
     common = {"model__dropout": 0.0, "batch__mining": "random", "aux__normalise": "accum"}
     without = gradient(make_stepper(tmp_path, aux__loss="none", **common))

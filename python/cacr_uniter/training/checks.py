@@ -50,11 +50,14 @@ BOUNDS: dict[str, tuple[Bound, ...]] = {
 
 
 def differences(saved: dict[str, Any], config: TrainConfig) -> list[str]:
-    """``section.field: saved -> now`` of the fields that decide numbers and differ."""
-    found = []
+    """``section.field: saved -> now`` of the fields that decide numbers and differ.
+
+    A field that is newer than the saved configuration had its default.
+    """
+    found, defaults = [], TrainConfig().as_dict()
     for section, values in config.as_dict().items():
         for name, value in values.items():
-            before = saved.get(section, {}).get(name)
+            before = saved.get(section, {}).get(name, defaults[section][name])
             if name not in FREE_FIELDS.get(section, set()) and before != value:
                 found.append(f"{section}.{name}: {before} -> {value}")
     return found

@@ -124,7 +124,7 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class AuxConfig:
-    """The auxiliary loss on the attention of the matched pairs. Every ambiguity of the paper is a field; the defaults
+    """The auxiliary loss on the attention of the pairs. Every ambiguity of the paper is a field; the defaults
     are what its authors most probably ran, being those of the IAIS code wherever the paper says nothing else. ``kind``,
     ``row_reduction``, ``stop_gradient``, ``projection_scale`` and ``backend`` belong to ``cacr`` alone.
 
@@ -138,6 +138,8 @@ class AuxConfig:
         sides: ``both`` (Eq. 6), ``text``, ``vision``, or ``alternate``: vision in image-anchored groups, text in
             text-anchored ones (IAIS).
         special_tokens: whether [CLS] and [SEP] count as text.
+        pairs: ``positives``: the matched pair of each group; ``all``: its negatives too, averaged over the group (more
+            memory than ``--plan`` counts).
         layers: which layers, negative counts from the end; the losses are averaged.
         stop_gradient: ``none``, ``target`` (S_aa) or ``projection`` (the triple product).
         row_reduction: ``sum`` over rows (Eq. 4) or ``mean`` (IAIS).
@@ -158,6 +160,7 @@ class AuxConfig:
     heads: Literal["each", "mean", "mean-scores", "sum-scores"] = "mean"
     sides: Literal["both", "text", "vision", "alternate"] = "both"
     special_tokens: bool = False
+    pairs: Literal["positives", "all"] = "positives"
     layers: list[int] = field(default_factory=lambda: [-1])
     stop_gradient: Literal["none", "target", "projection"] = "none"
     row_reduction: Literal["sum", "mean"] = "mean"

@@ -132,7 +132,8 @@ class Stepper:
         congruence = matching.new_zeros(())
         weight = self.auxiliary_factor(portion.step)
         if self.auxiliary is not None:
-            congruence = self._auxiliary(portion.groups, rows[:: self.size], batch, output.last_input)
+            chosen = rows.view(-1, self.size)[:, : 1 if config.aux.pairs == "positives" else None]
+            congruence = self._auxiliary(portion.groups, chosen, batch, output.last_input)
             total = total + weight / config.batch.anchors * congruence
         self.accelerator.backward(total)
         self.attention.forget()
@@ -187,8 +188,8 @@ class Stepper:
             ]
         return torch.cat(parts)
 
-    def _auxiliary(self, groups: list[Group], matched: Tensor, batch: Batch, last_input: Tensor) -> Tensor:
-        """Sum of the auxiliary loss over the groups' matched pairs, which stand at the rows `matched` [G]."""
+    def _auxiliary(self, groups: list[Group], chosen: Tensor, batch: Batch, last_input: Tensor) -> Tensor:
+        """Sum over the groups of the auxiliary loss, averaged over a group's pairs at the rows `chosen` [G, pairs]."""
         assert self.auxiliary is not None
         numbers: dict[Half, list[int]] = {}
         for number, group in enumerate(groups):
@@ -196,8 +197,8 @@ class Stepper:
             numbers.setdefault(half, []).append(number)
         total = last_input.new_zeros((), dtype=torch.float32)
         for half, own in numbers.items():
-            index = matched[torch.tensor(own, device=last_input.device)]
+            index = chosen[torch.tensor(own, device=last_input.device)].flatten()
             pairs = batch.select(index)
             for q, k in self.attention.queries_and_keys(last_input, index):
                 total = total + self.auxiliary(q, k, pairs, half)
-        return total / len(self.attention.layers)
+        return total / (len(self.attention.layers) * chosen.shape[1])
