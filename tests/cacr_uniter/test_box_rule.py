@@ -13,6 +13,7 @@ import pytest
 from cacr_uniter import cli
 from cacr_uniter.data.check import check_database
 from cacr_uniter.data.lmdb import BoxRule, ImageDB, ImageDBWriter
+from cacr_uniter.data.testing import packed, published_folder
 from cacr_uniter.errors import UserError
 from cacr_uniter.evaluation.scoring import run_rule
 from cacr_uniter.training.testing import SMALL, write_databases
@@ -139,3 +140,16 @@ def test_a_damaged_configuration_is_named(tmp_path: Path) -> None:
         (tmp_path / "config.yaml").write_text(text)
         with pytest.raises(UserError, match=r"config\.yaml: cannot be read as the configuration of a run"):
             run_rule(tmp_path / "best")
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"), [(BoxRule(fixed=36), 36), (BoxRule(max_boxes=20), 20), (BoxRule(), 30), (None, 30)]
+)
+def test_a_folder_of_all_regions_without_confidences_is_cut_too(
+    rule: BoxRule | None, expected: int, tmp_path: Path
+) -> None:
+    record = {"norm_bb": np.zeros((50, 6), np.float16), "features": np.ones((50, 4), np.float16)}
+    published_folder(tmp_path / "all", {"a.npz": packed(record)})
+    (tmp_path / "all" / "nbb.json").write_text('{"a.npz": 30}')
+    database = ImageDB(tmp_path, rule)
+    assert len(database.read("a.npz").boxes) == database.count("a.npz") == expected

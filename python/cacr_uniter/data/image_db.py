@@ -153,11 +153,11 @@ class ImageDB:
 
     def _used(self, name: str, arrays: dict[str, np.ndarray]) -> int:
         size, confidence = len(arrays["norm_bb"]), arrays.get("conf")
-        if self._counts is None or (self._holds_all and confidence is not None):
+        if self._counts is None or (self._holds_all and (confidence is not None or self.rule.fixed is not None)):
             return self.rule.count(confidence, size)
         if name not in self._counts:
             raise UserError(f"image database {self.folder}: the box counts have no entry for {name!r}; create it again")
-        return min(self._counts[name], size)
+        return min(self._counts[name], self.rule.count(None, size) if self._holds_all else size)
 
     def count(self, name: str) -> int:
         """Number of regions that `read` returns; reads the record only where no count is stored."""
