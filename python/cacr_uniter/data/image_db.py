@@ -87,7 +87,7 @@ class ImageDB:
                 return root / name
         if not root.is_dir():
             raise UserError(f"image database {root}: no such folder")
-        other = f"; there is {', '.join(there)}, made by another rule" if there else ""
+        other = f"; there is {', '.join(there)}, made by another rule: ask for that one" if there else ""
         raise UserError(f"image database {root}: found none of {', '.join(wanted)} with a data.mdb{other}")
 
     @property
