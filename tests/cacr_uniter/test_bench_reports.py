@@ -190,10 +190,16 @@ def test_a_row_names_the_backend_of_its_loss(monkeypatch):
     assert found == {"none": "", "eager": "reference", "fused": "cuda", "qk": "reference", "recipe": "cuda"}
 
 
-def test_the_sanitizer_script_calls_every_kind(capsys):
-    assert sanitized.call_everything("cpu", ["reference"], ((2, 3),)) == 3 * 3 * 2 + 2 * 3
-    assert len(capsys.readouterr().out.splitlines()) == 3 * 3
-    assert sanitized.call_everything("cpu", ["reference"], ((2, 3),), ("scores",), [torch.float32]) == 3
+def test_the_sanitizer_script_calls_every_kind_and_dtype(capsys):
+    chosen = sanitized.cases("cpu", ["reference"], ((2, 3),))
+    assert sanitized.call_everything(chosen) == 3 + 3 + 2 + 2 * 3  # kind "probs" has no q and k
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(chosen)
+    assert {word for line in lines for word in line.split(", ")} >= {"softmax", "probs", "float16: 3 calls"}
+
+
+def test_several_processes_share_the_calls():
+    assert sanitized.call_everything(sanitized.cases("cpu", ["reference"], ((2, 3),))[:2], 2) == 6
 
 
 def test_before_8_0_nothing_is_called_in_bfloat16(monkeypatch):

@@ -120,7 +120,7 @@ def test_goals_come_after_the_smoke_test_and_what_is_left_goes_to_the_kernels(ca
     assert max(STAGES.values(), key=lambda stage: stage.share) is STAGES["goals"]
     long, uniter = words("goals")
     assert "--shapes square-4096 --variants qk --dtypes float16" in long
-    assert "sdpa" in long
+    assert "--contenders triton sdpa eager" in long
     assert "--dtypes float16 float32 --contenders triton cuda eager compiled compiled-max" in uniter
     assert words("numerics")[0].endswith("numerics --print --quick --backends cuda")
 
@@ -168,8 +168,11 @@ def test_the_sanitizer_is_found_and_watches_cuda_first(card, monkeypatch):
     ]
     assert all("--report-api-errors no" in command and command.endswith("sanitized cuda") for command in commands)
     monkeypatch.setattr(gpu_report, "_available", lambda: ["cuda", "triton"])
-    assert [command.split()[-1] for command in words("sanitizer")] == ["cuda", "cuda", "triton", "triton", "triton"]
-    assert "--tool" not in words("sanitizer")[2]  # compiles
+    both = words("sanitizer")
+    assert both[:2] == commands
+    assert "--tool" not in both[2]
+    assert "sanitized triton --processes" in both[2]  # compiles
+    assert all("--tool" in command and command.endswith("sanitized triton") for command in both[3:])
     card.unlink()
     monkeypatch.delenv("CUDA_PATH", raising=False)
     if not Path("/usr/local/cuda/bin/compute-sanitizer").is_file():

@@ -31,7 +31,7 @@ SECONDS = "{seconds}"
 """In a command: most of the seconds it has, so that it ends by itself and says what it left out."""
 
 MOST_WORKERS = 8
-"""Processes that share the GPU in the tests; each has a CUDA context of its own."""
+"""Processes that share the GPU; each has a CUDA context of its own."""
 
 KERNEL_TESTS = "(triton or cuda or card or gpu) and not (emulated or test_build or cuda_compile or aot or launch_table)"
 """Tests of cacr_kernels that a GPU runs, by name."""
@@ -63,6 +63,10 @@ def _calls(*words: str) -> list[str]:
     return [sys.executable, "-m", "cacr_uniter.benchmark.sanitized", *words]
 
 
+def _workers() -> str:
+    return str(min(MOST_WORKERS, os.cpu_count() or 1))
+
+
 def _available() -> list[str]:
     """Our backends that this GPU can run.
 
@@ -92,12 +96,12 @@ def _goals(out: Path) -> list[Command]:
 
     half = half_dtype("cuda")
     usual = ["--preset", "full", "--kinds", "scores", "--budget", SECONDS, "--out", str(out)]
-    peers = ["eager", "compiled", "compiled-max"]
-    long = ["--shapes", "square-4096", "--variants", "qk", "--dtypes", half, "--contenders", "triton", "sdpa", *peers]
-    uniter = ["--shapes", "uniter-100-b128", "uniter-36-b128", "--dtypes", half, "float32"]
+    long = ["--shapes", "square-4096", "--variants", "qk", "--dtypes", half, "--contenders", "triton", "sdpa", "eager"]
+    uniter = ["--shapes", "uniter-100-b128", "uniter-36-b128", "--variants", "scores", "--dtypes", half, "float32"]
+    peers = ["--contenders", "triton", "cuda", "eager", "compiled", "compiled-max"]
     return [
         Command(_cacr("bench", *usual, *long, "--seconds", "0.4")),
-        Command(_cacr("bench", *usual, *uniter, "--contenders", "triton", "cuda", *peers, "--seconds", "0.2"), 3.0),
+        Command(_cacr("bench", *usual, *uniter, *peers, "--seconds", "0.2"), 3.0),
     ]
 
 
@@ -106,7 +110,7 @@ def _tests(out: Path) -> list[Command]:
         raise UserError("the stage tests needs the repository: run it there, or choose other stages with --stages")
     workers = []
     if importlib.util.find_spec("xdist") is not None:
-        workers = ["-n", str(min(MOST_WORKERS, os.cpu_count() or 1)), "--dist", "loadgroup"]
+        workers = ["-n", _workers(), "--dist", "loadgroup"]
     usual = [sys.executable, "-m", "pytest", "-v", "--maxfail=20"]
     return [
         Command([*usual, *workers, "tests/cacr_kernels", "-k", KERNEL_TESTS, "-m", "gpu or not slow"], 4.0),
@@ -132,7 +136,7 @@ def _sanitizer(out: Path) -> list[Command]:
     commands = []
     for name in _available():
         if name == "triton":
-            commands.append(Command(_calls(name)))
+            commands.append(Command(_calls(name, "--processes", _workers())))
         for kind in ("memcheck", "racecheck"):
             options = ["--tool", kind, "--report-api-errors", "no", "--error-exitcode", "1"]
             commands.append(Command([str(tool), *options, *_calls(name)]))
@@ -162,8 +166,8 @@ def _summary(out: Path) -> list[Command]:
 
 
 STAGES = {
-    "doctor": Stage(0.03, _doctor),
-    "smoke": Stage(0.05, _smoke),
+    "doctor": Stage(0.02, _doctor),
+    "smoke": Stage(0.06, _smoke),
     "goals": Stage(0.32, _goals),
     "tests": Stage(0.20, _tests),
     "sanitizer": Stage(0.13, _sanitizer),

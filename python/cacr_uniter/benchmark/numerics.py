@@ -219,7 +219,7 @@ def tables(
             reason: f"Left out: {name}, {dtype}: {reason}" for (name, dtype), reason in refused.items() if reason
         }
         notes = [part.title, *left_out.values()]
-        say("\n\n".join(["", *notes, markdown(HEAD, [])]))
+        say("\n" + "\n\n".join([*notes, markdown(HEAD, [])]))
         for done, item in enumerate(plan):
             lines.append(part.line(*item))
             say(f"| {' | '.join(lines[-1])} |")

@@ -1,6 +1,6 @@
 """Small calls of GPU backends, in every variant, kind and span form, for compute-sanitizer to watch.
 
-`python -m cacr_uniter.benchmark.sanitized [--quick] BACKEND...`; each line is printed when its calls are done.
+`python -m cacr_uniter.benchmark.sanitized [--quick] [--processes N] BACKEND...` prints a line when its calls are done.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -27,21 +29,29 @@ def dtypes_of(device: str) -> list[torch.dtype]:
     return [torch.float32, torch.float16, *([torch.bfloat16] if wide else [])]
 
 
-def call_everything(
-    device: str,
-    names: Sequence[str],
-    sizes: Sequence[tuple[int, int]] = SIZES,
-    kinds: Sequence[str] = KINDS,
-    dtypes: Sequence[torch.dtype] | None = None,
-) -> int:
-    """Runs forward and backward of all of them; returns the number of calls."""
-    calls = 0
+Case = tuple[str, str, int, int, str, torch.dtype]
+
+
+def cases(device: str, names: Sequence[str], sizes: Sequence[tuple[int, int]] = SIZES) -> list[Case]:
+    """(device, backend, T, R, kind, dtype): every kind in float32, and kind "scores" in the other dtypes."""
+    found = []
     for name in names:
-        for n_text, n_vision in sizes:
-            for kind in kinds:
-                for dtype in dtypes or dtypes_of(device):
-                    calls += _call(device, name, n_text, n_vision, kind, dtype)
-    return calls
+        for size in sizes:
+            for dtype in dtypes_of(device):
+                kinds = KINDS if dtype == torch.float32 else KINDS[:1]
+                found += [(device, name, *size, kind, dtype) for kind in kinds]
+    return found
+
+
+def call_everything(chosen: Sequence[Case], processes: int = 1) -> int:
+    """Runs forward and backward of all of them; returns the number of calls.
+
+    Several processes fill Triton's cache sooner: what takes the time is compiling.
+    """
+    if processes == 1:
+        return sum(_call(*case) for case in chosen)
+    with ProcessPoolExecutor(min(processes, len(chosen)), get_context("spawn")) as pool:
+        return sum(pool.map(_call, *zip(*chosen)))
 
 
 def _call(device: str, name: str, n_text: int, n_vision: int, kind: str, dtype: torch.dtype) -> int:
@@ -68,13 +78,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("backends", nargs="+", choices=("cuda", "triton"))
     parser.add_argument("--quick", action="store_true", help="one size, one kind, float32")
+    parser.add_argument("--processes", type=int, default=1, help="that share the calls")
     args = parser.parse_args()
     # every tensor an allocation of its own: inside a cached segment nothing is out of bounds
     os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     if not torch.cuda.is_available():
         raise SystemExit("no GPU")
-    few: dict[str, Any] = {"sizes": SIZES[:1], "kinds": KINDS[:1], "dtypes": [torch.float32]} if args.quick else {}
-    print(f"{call_everything('cuda', args.backends, **few)} calls")
+    chosen = cases("cuda", args.backends)
+    if args.quick:
+        chosen = [next(case for case in chosen if case[1] == name) for name in args.backends]
+    print(f"{call_everything(chosen, args.processes)} calls")
 
 
 if __name__ == "__main__":
