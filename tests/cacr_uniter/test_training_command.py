@@ -26,6 +26,7 @@ from cacr_uniter.training.testing import (
     VOCABULARY,
     numbers,
     small_config,
+    small_run,
     synthetic_source,
     write_databases,
 )
@@ -75,6 +76,51 @@ def test_training_goes_on_from_an_earlier_run(databases: Path, tmp_path: Path) -
 
     one, two = (load_file(path) for path in paths)
     torch.testing.assert_close(one, two, rtol=0, atol=1e-7)
+    told = next(record for record in records(tmp_path / "two") if record["event"] == "weights")
+    assert (told["step"], "tensors loaded, uniter names" in told["report"]) == (0, True)
+    assert not [record for record in records(tmp_path / "one") if record["event"] == "weights"]
+
+
+def test_the_report_tells_what_a_checkpoint_gave(databases: Path, tmp_path: Path) -> None:
+    assert main(arguments(databases, tmp_path / "one", optim__steps=2)) == 0
+    config = small_config(tmp_path / "two", model__checkpoint=str(tmp_path / "one"), run__report=True)
+    small_run(config)
+    assert "tensors loaded, uniter names" in (tmp_path / "two" / "report.md").read_text()
+
+
+def test_a_run_is_repeated_without_deleting_it(databases: Path, tmp_path: Path) -> None:
+    """run.overwrite holds for one start; in the saved configuration it deleted the run that was to be repeated."""
+    assert main(arguments(databases, tmp_path / "run", run__overwrite="true")) == 0
+    before = (tmp_path / "run" / "log.jsonl").read_text()
+    assert main(["train", "--progress", "false", "--config", str(tmp_path / "run" / "config.yaml")]) == 0
+    assert (tmp_path / "run" / "log.jsonl").read_text() == before
+
+
+def test_a_kill_while_the_configuration_is_written_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_run(small_config(tmp_path, optim__steps=2))
+    before = (tmp_path / "config.yaml").read_text()
+    monkeypatch.setattr("cacr_uniter.training.checkpoint.os.replace", lambda *paths: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        small_run(small_config(tmp_path, optim__steps=2, run__log_every=2))
+    assert (tmp_path / "config.yaml").read_text() == before
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize("source", ["scores", "qk"])
+def test_a_backend_that_cannot_run_is_refused_before_anything_is_written(
+    databases: Path,
+    tmp_path: Path,
+    backend: str,
+    source: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert main(arguments(databases, tmp_path / "run", aux__backend=backend, aux__source=source)) == 2
+    assert f"aux.backend is {backend}: backend='{backend}' cannot run this input: " in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -235,8 +281,6 @@ def test_the_plan_takes_its_sizes_from_a_checkpoint(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_plan_is_near_the_measured_peak(tmp_path: Path, precision: str) -> None:
-    from cacr_uniter.training.testing import small_run
-
     fields = {
         "run__device": "cuda",
         "run__precision": precision,

@@ -187,6 +187,14 @@ def _reason(error: Exception) -> str:
     return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file whole or not at all: beside it first, then renamed."""
+    part = path.with_suffix(".part")
+    part.write_text(text, encoding="utf-8")
+    flush(part)
+    os.replace(part, path)
+
+
 def flush(path: Path) -> None:
     """Waits until a file or folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -261,3 +261,9 @@ class TrainConfig:
         values = asdict(self)
         values["optim"]["betas"] = list(self.optim.betas)
         return values
+
+    def to_repeat(self) -> dict[str, Any]:
+        """``as_dict`` for a file that a run can be started from again: without ``run.overwrite``, which deletes one."""
+        values = self.as_dict()
+        del values["run"]["overwrite"]
+        return values

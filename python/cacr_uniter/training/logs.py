@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from cacr_uniter.training.checkpoint import readable_errors
+from cacr_uniter.training.checkpoint import readable_errors, write_whole
 from cacr_uniter.training.sizes import show_size, show_time
 
 #: where no terminal can show a bar: shares of the run after which a plain line is printed, and the most seconds between
@@ -53,9 +52,7 @@ class RunLog:
         path = out / "log.jsonl"
         with readable_errors(f"log {path}"):
             self.history = read_log(path, start)
-            part = path.with_suffix(".part")
-            part.write_text("".join(json.dumps(record) + "\n" for record in self.history), encoding="utf-8")
-            os.replace(part, path)
+            write_whole(path, "".join(json.dumps(record) + "\n" for record in self.history))
             self._file = path.open("a", encoding="utf-8")
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter

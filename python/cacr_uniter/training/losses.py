@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from cacr_kernels import block_softmax, fused_cacr, fused_cacr_qk
 from cacr_kernels.reference import iais_loss
-from cacr_uniter.data.batch import Batch
+from cacr_uniter.data.batch import Batch, collate
+from cacr_uniter.errors import UserError
 from cacr_uniter.training.config import AuxConfig, Half, LossConfig
 
 
@@ -45,6 +47,22 @@ class AuxiliaryLoss:
             "reduction": "mean",
             "backend": config.backend,
         }
+
+    def try_out(self, heads: int, size: int, device: torch.device) -> None:
+        """Runs on a pair of five columns, so that a backend that cannot run here is refused before a run begins.
+
+        Args:
+            heads, size: heads A and head size d of the model.
+
+        Raises:
+            UserError: says why the backend cannot run.
+        """
+        pair = collate([[1]], [(torch.zeros(2, 1), torch.zeros(2, 7))], cls=0, sep=0).batch().to(device)
+        q = torch.zeros(1, heads, 5, size, device=device)
+        try:
+            self(q, q, pair, "image")
+        except ValueError as error:
+            raise UserError(f"aux.backend is {self.config.backend}: {error}") from error
 
     def __call__(self, q: Tensor, k: Tensor, batch: Batch, half: Half) -> Tensor:
         """Sum over the pairs of their loss, a float32 scalar. Scores and loss are float32.

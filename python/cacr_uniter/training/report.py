@@ -11,6 +11,7 @@ import yaml
 from accelerate import Accelerator
 
 from cacr_uniter.training.best import Best
+from cacr_uniter.training.checkpoint import write_whole
 from cacr_uniter.training.config import TrainConfig
 from cacr_uniter.training.sizes import show_size, show_time
 
@@ -61,15 +62,17 @@ def write_report(
     final = {title: "-" if last[field] is None else f"{last[field]:.4g}" for field, title in TRAINED}
     lines = ["# Training report", "", *_table(("", ""), facts.items()), "", "## Last training record", ""]
     lines += [*_table(("quantity", "value"), final.items()), ""]
+    for record in (record for record in history if record["event"] == "weights"):
+        lines += ["## Starting weights", "", "```", record["report"], "```", ""]
     for event in ("validation", "evaluation"):
         records = [{k: v for k, v in record.items() if k != "event"} for record in history if record["event"] == event]
         if records:
             rows = [[_show(value) for value in record.values()] for record in records]
             lines += [f"## {event.capitalize()}", "", *_table(tuple(records[-1]), rows), ""]
     lines += [f"![curves]({CURVES})", "", "## Configuration", "", "```yaml"]
-    lines += [yaml.safe_dump(config.as_dict(), sort_keys=False).rstrip(), "```", ""]
+    lines += [yaml.safe_dump(config.to_repeat(), sort_keys=False).rstrip(), "```", ""]
     _draw(path.with_name(CURVES), trained, [r for r in history if r["event"] != "train"])
-    path.write_text("\n".join(lines), encoding="utf-8")
+    write_whole(path, "\n".join(lines))
 
 
 def _show(value: Any) -> str:

@@ -75,17 +75,16 @@ class MemorySource:
         self.image_of, self.n_images, self.img_dim = image_of, len(features), features.shape[-1]
 
     def pairs(self, captions: Indices, images: Indices) -> Pairs:
-        texts, caption = np.unique(captions, return_inverse=True)
-        regions, image = np.unique(images, return_inverse=True)
-        n_text, n_regions = (torch.from_numpy(x).to(torch.int32) for x in (self.n_text[texts], self.n_regions[regions]))
-        caption, image = torch.from_numpy(caption), torch.from_numpy(image)
-        width, most = int(n_text.max()) + 2, int(n_regions.max())
-        chosen = torch.from_numpy(regions)
+        texts, caption = map(torch.from_numpy, np.unique(captions, return_inverse=True))
+        pictures, image = map(torch.from_numpy, np.unique(images, return_inverse=True))
+        n_text = torch.from_numpy(self.n_text)[texts].to(torch.int32)
+        n_regions = torch.from_numpy(self.n_regions)[pictures].to(torch.int32)
+        width, regions = int(n_text.max()) + 2, int(n_regions.max())
         return Pairs(
-            input_ids=self.texts[:, :width].index_select(0, torch.from_numpy(texts)),
+            input_ids=self.texts[:, :width].index_select(0, texts),
             n_text=n_text,
-            features=self.features[:, :most].index_select(0, chosen),
-            boxes=self.boxes[:, :most].index_select(0, chosen),
+            features=self.features[:, :regions].index_select(0, pictures),
+            boxes=self.boxes[:, :regions].index_select(0, pictures),
             n_regions=n_regions,
             caption=caption,
             image=image,

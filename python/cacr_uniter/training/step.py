@@ -80,6 +80,8 @@ class Stepper:
         if config.batch.mining != "shared":
             self.sampler.check(self.halves)
         self.auxiliary = None if config.aux.loss == "none" else AuxiliaryLoss(config.aux)
+        if self.auxiliary is not None and config.aux.backend != "auto":
+            self.auxiliary.try_out(model.config.num_attention_heads, model.config.head_dim, accelerator.device)
         self.attention = LayerAttention(model, [] if self.auxiliary is None else config.aux.layers)
         self.size = config.batch.negatives + 1
 

@@ -43,7 +43,8 @@ class TrainResult:
         step: optimizer steps done.
         finished: false if a signal stopped the run before its last step.
         best_path: folder of the weights that did best in a validation, if some were kept.
-        history: records of the log (main process only); ``event`` is ``train``, ``validation`` or ``evaluation``.
+        history: records of the log (main process only); ``event`` is ``train``, ``validation``, ``evaluation``
+            or ``weights``: what a checkpoint gave to the model.
         seconds: wall time of this part of the run.
         report_path: final report, if one was wanted.
     """
@@ -129,6 +130,7 @@ def train_on(
         with Display(config.optim.steps, start, progress and main) as display:
             if loaded is not None and resumed is None:
                 display.say(str(loaded))
+                log.write({"event": "weights", "step": start, "report": str(loaded)})
             done = Loop(config, stepper, optimizer, log, display, best, validation, evaluate, extra).run(start)
     finally:
         log.close()
@@ -199,7 +201,7 @@ def _open_folder(config: TrainConfig, out: Path, accelerator: Accelerator) -> No
                 _clear(out)
             out.mkdir(parents=True, exist_ok=True)
             checkpoints.prune(out / CHECKPOINTS, config.run.keep)
-            (out / CONFIG).write_text(yaml.safe_dump(config.as_dict(), sort_keys=False), encoding="utf-8")
+            checkpoints.write_whole(out / CONFIG, yaml.safe_dump(config.to_repeat(), sort_keys=False))
     accelerator.wait_for_everyone()
 
 
