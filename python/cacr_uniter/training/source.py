@@ -44,6 +44,12 @@ class PairSource(Protocol):
         """Pairs of images with captions that are true of one and false of the other."""
 
 
+def read_pairs(source: PairSource, captions: Indices, images: Indices, device: torch.device) -> Pairs:
+    """Pairs of a source; page-locked if they go to a GPU, which then fetches them while the CPU goes on."""
+    pairs = source.pairs(captions, images)
+    return pairs.pin_memory() if device.type == "cuda" else pairs
+
+
 class MemorySource:
     """Captions and images as padded tensors.
 

@@ -16,10 +16,10 @@ from cacr_uniter.training.attention import LayerAttention
 from cacr_uniter.training.config import Half, TrainConfig
 from cacr_uniter.training.losses import AuxiliaryLoss, matching_loss
 from cacr_uniter.training.optim import FlatGradients
-from cacr_uniter.training.sampling import Group, Indices, Sampler, dropout_seed
+from cacr_uniter.training.sampling import Group, Sampler, dropout_seed
 from cacr_uniter.training.schedule import auxiliary_weight, learning_rate
 from cacr_uniter.training.shared import SharedSampler
-from cacr_uniter.training.source import PairSource, ahead
+from cacr_uniter.training.source import PairSource, ahead, read_pairs
 
 
 def halves_of(config: TrainConfig) -> tuple[Half, ...]:
@@ -89,11 +89,6 @@ class Stepper:
         """The portions of steps ``start`` .. T - 1, read ahead."""
         return ahead(self._read, self._plan(start), self.source.workers, lambda portion: portion.pairs.nbytes)
 
-    def read(self, captions: Indices, images: Indices, source: PairSource | None = None) -> Pairs:
-        """Pairs of a source (default: the training's), in memory that a GPU can fetch them from."""
-        pairs = (source or self.source).pairs(captions, images)
-        return pairs.pin_memory() if self.accelerator.device.type == "cuda" else pairs
-
     def _plan(self, start: int) -> Iterator[tuple[int, bool, list[Group]]]:
         accelerator = self.accelerator
         together = max(1, self.config.batch.pairs_per_forward // self.size)
@@ -110,7 +105,8 @@ class Stepper:
         if self.config.batch.mining == "shared":
             pairs, rows = np.unique(captions * self.source.n_images + images, return_inverse=True)
             captions, images = np.divmod(pairs, self.source.n_images)
-        return Portion(step, last, groups, self.read(captions, images), torch.from_numpy(rows))
+        pairs = read_pairs(self.source, captions, images, self.accelerator.device)
+        return Portion(step, last, groups, pairs, torch.from_numpy(rows))
 
     def begin(self, step: int) -> None:
         """Sets what a step (from 0) depends on: dropout's generator and the learning rate; clears gradients."""

@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from cacr_uniter.training.config import TrainConfig
 from cacr_uniter.training.sampling import Sampler
-from cacr_uniter.training.source import PairSource, ahead
+from cacr_uniter.training.source import PairSource, ahead, read_pairs
 from cacr_uniter.training.step import Stepper
 
 
@@ -27,7 +27,7 @@ def validate(stepper: Stepper, source: PairSource, config: TrainConfig) -> dict[
     sampler = Sampler(source.image_of, source.n_images, run.seed, anchors, draws)
     groups = sampler.step_groups(0, ("image", "text"), accelerator.process_index, accelerator.num_processes)
     read = ahead(
-        lambda group: stepper.read(group.captions, group.images, source),
+        lambda group: read_pairs(source, group.captions, group.images, accelerator.device),
         groups,
         source.workers,
         lambda pairs: pairs.nbytes,
