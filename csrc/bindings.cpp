@@ -97,7 +97,11 @@ PYBIND11_MODULE(_native, m) {
              }),
              py::arg("dtype"), py::arg("options"), py::arg("spans"), py::arg("batch"), py::arg("heads"), py::arg("single"),
              py::arg("blocks"))
-        .def("set_grads", [](Problem& p, const std::vector<TensorArgument>& grads) { set_four(p.grads, grads); })
+        .def("set_grads",
+             [](Problem& p, const std::vector<TensorArgument>& grads) {
+                 set_four(p.grads, grads);
+                 p.has_grads = 1;
+             })
         .def("set_loss", [](Problem& p, std::uintptr_t loss) { p.loss = reinterpret_cast<void*>(loss); })
         .def("set_grad_loss",
              [](Problem& p, std::uintptr_t data, std::array<i64, 2> stride) {
@@ -142,6 +146,7 @@ PYBIND11_MODULE(_native, m) {
              [](QkProblem& p, const TensorArgument& grad_q, const TensorArgument& grad_k) {
                  p.grad_q = tensor_of<MutableTensor>(grad_q);
                  p.grad_k = tensor_of<MutableTensor>(grad_k);
+                 p.has_grads = 1;
              })
         .def("set_loss", [](QkProblem& p, std::uintptr_t loss) { p.loss = reinterpret_cast<void*>(loss); })
         .def("set_grad_loss",

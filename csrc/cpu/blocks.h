@@ -137,7 +137,7 @@ template <typename T, typename S>
 CACR_INLINE S* store_stretch(S* out, const T* values, i64 count) {
     if (values)
         for (i64 j = 0; j < count; ++j) from_float(values[j], out[j]);
-    else
+    else if (count > 0)
         __builtin_memset(out, 0, (size_t)count * sizeof(S));
     return out + count;
 }

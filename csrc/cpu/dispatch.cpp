@@ -141,7 +141,7 @@ bool cpu_has_openmp() {
 void cacr_scores_cpu(const Problem& problem, const Kernels& kernels) {
     const i64 count = problem.batch * problem.heads;
     const i64 limit[2] = {problem.spans.limit_text, problem.spans.limit_vision};
-    if (problem.grads[TT].data)
+    if (problem.has_grads)
         for (int ab = 0; ab < (problem.single ? 1 : 4); ++ab)
             advise_huge_pages(problem.grads[ab].data, count * limit[ab / 2] * limit[ab % 2] * size_of(problem.dtype));
     share_out(problem.threads, count, kernels.scores_scratch(problem),

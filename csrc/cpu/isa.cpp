@@ -11,10 +11,9 @@ namespace cacr {
 namespace CACR_ISA {
 
 static i64 scores_scratch(const Problem& p) {
-    const bool backward = p.grads[TT].data != nullptr;
     return p.dtype == DType::f64
-               ? lay_out<double>(nullptr, p.spans.n_text, p.spans.n_vision, p.options.kind, backward).bytes
-               : lay_out<float>(nullptr, p.spans.n_text, p.spans.n_vision, p.options.kind, backward).bytes;
+               ? lay_out<double>(nullptr, p.spans.n_text, p.spans.n_vision, p.options.kind, p.has_grads).bytes
+               : lay_out<float>(nullptr, p.spans.n_text, p.spans.n_vision, p.options.kind, p.has_grads).bytes;
 }
 
 static void scores(const Problem& p, i64 index, i64 next, char* scratch) {

@@ -11,7 +11,7 @@ struct Kernels {
     // Bytes of scratch that one thread needs, 64-byte aligned.
     i64 (*scores_scratch)(const Problem&);
     // Problem number index = b * heads + h: its loss if problem.loss is set, its gradient times grad_loss (1 where null) if
-    // problem.grads are set. next: the problem this thread will work on afterwards, whose input is fetched; -1 if none.
+    // problem.has_grads. next: the problem this thread will work on afterwards, whose input is fetched; -1 if none.
     void (*scores)(const Problem&, i64 index, i64 next, char* scratch);
     // The same for q and k; one call works on a key head and all its query heads, index = b * key_heads + key head.
     i64 (*qk_scratch)(const QkProblem&);

@@ -58,7 +58,7 @@ static QkScratch<T> lay_out_qk(char* base, const QkProblem& p, i64 n_text, i64 n
         used += (elements * (i64)sizeof(T) + 63) / 64 * 64 + 5 * 64;
         return at;
     };
-    const bool backward = p.grad_q.data != nullptr;
+    const bool backward = p.has_grads;
     s.softmax = p.options.kind == Kind::softmax;
     s.dense = s.softmax || forms_scores(p.spans.n_text, p.spans.n_vision, p.dim);
     const i64 n[2] = {n_text, n_vision};
@@ -239,7 +239,7 @@ template <typename T, typename S>
 static void qk_problem(const QkProblem& p, i64 index, char* scratch) {
     const i64 b = index / p.key_heads, key_head = index % p.key_heads, group = p.heads / p.key_heads;
     const Extent e = extent_of(p.spans, b);
-    const bool backward = p.grad_q.data != nullptr;
+    const bool backward = p.has_grads;
     const bool active[2] = {e.valid && side_active(p.options, e, 0), e.valid && side_active(p.options, e, 1)};
     const i64 start[2] = {e.text_start, e.vision_start};
     const i64 n[2] = {e.valid ? e.n_text : 0, e.valid ? e.n_vision : 0};

@@ -199,7 +199,7 @@ static void look_ahead(const Problem& p, i64 index, i64 next, Workspace<T>& work
         const i64 offset = next / p.heads * x.stride[0] + next % p.heads * x.stride[1];
         work.add((const char*)x.data + offset * size, limit[ab % 2] * size, x.stride[2] * size, limit[ab / 2]);
     }
-    for (int ab = 0; p.grads[TT].data && ab < (p.single ? 1 : 4); ++ab) {
+    for (int ab = 0; p.has_grads && ab < (p.single ? 1 : 4); ++ab) {
         const MutableTensor& x = p.grads[ab];
         const i64 offset = index / p.heads * x.stride[0] + index % p.heads * x.stride[1];
         work.add((const char*)x.data + offset * size, limit[ab / 2] * limit[ab % 2] * size, 0, 1);
@@ -210,7 +210,7 @@ template <typename T, typename S>
 static void scores_problem(const Problem& p, i64 index, i64 next, char* scratch) {
     const i64 b = index / p.heads, h = index % p.heads;
     const Extent e = extent_of(p.spans, b);
-    const bool backward = p.grads[TT].data != nullptr;
+    const bool backward = p.has_grads;
     T* loss = p.loss ? (T*)p.loss + index : nullptr;
     if (!e.valid) {
         if (loss) *loss = (T)__builtin_nanf("");

@@ -175,7 +175,7 @@ CACR_INLINE Vec<float> exp_nonpositive(Vec<float> v) {
     p = p * r + 4.999999404e-01f;
     p = p * r + 1.0f;
     p = p * r + 1.0f;
-    const V scaled = (V)((I)p + ((I)shifted << 23));
+    const V scaled = p * (V)(((I)shifted << 23) + 0x3f800000);
     return select<float>(v < -87.0f, V{}, scaled);
 }
 
@@ -192,7 +192,7 @@ CACR_INLINE Vec<double> exp_nonpositive(Vec<double> v) {
                                   1.0 / 5040.0,      1.0 / 720.0,      1.0 / 120.0,     1.0 / 24.0,     1.0 / 6.0,
                                   0.5,               1.0,              1.0};
     for (double f : factorial_inverse) p = p * r + f;
-    const V scaled = (V)((I)p + ((I)shifted << 52));
+    const V scaled = p * (V)(((I)shifted << 52) + 0x3ff0000000000000LL);
     return select<double>(v < -700.0, V{}, scaled);
 }
 

@@ -80,6 +80,7 @@ struct Problem {
                               // element, 0 outside the spans and NaN throughout for an invalid example.
                               // One attention tensor: the same pointer four times, one [N, N] matrix per problem.
     int single;               // blocks are views of one attention tensor
+    int has_grads;            // gradients are wanted (an empty tensor's pointer is null, so the pointers do not say)
     void* loss;               // [B, H] contiguous; NaN for an invalid example
     const void* grad_loss;    // [B, H] with grad_loss_stride
     i64 grad_loss_stride[2];
@@ -106,6 +107,7 @@ struct QkProblem {
     ConstTensor k;            // [B, Hk, N, D]
     MutableTensor grad_q;     // contiguous, every element is written
     MutableTensor grad_k;     // contiguous, every element is written
+    int has_grads;            // gradients are wanted
     void* loss;               // [B, H] contiguous
     const void* grad_loss;    // [B, H] with grad_loss_stride
     i64 grad_loss_stride[2];

@@ -32,6 +32,7 @@ int main() {
         p.dtype = DType::f32, p.options = options, p.spans = spans;
         p.batch = 1, p.heads = heads, p.key_heads = heads, p.n = (int)n, p.dim = (int)dim, p.scale = 1.0, p.threads = 1;
         p.q = {in[0].data(), {elements, n * dim, dim, 1}}, p.grad_q = {out[0].data(), {elements, n * dim, dim, 1}};
+        p.has_grads = 1;
         p.k = {in[1].data(), {elements, n * dim, dim, 1}}, p.grad_k = {out[1].data(), {elements, n * dim, dim, 1}};
         p.loss = loss.data();
         char* memory = scratch(kBaseKernels.qk_scratch(p));
@@ -40,7 +41,7 @@ int main() {
     } else {
         Problem p = {};
         p.dtype = DType::f32, p.options = options, p.spans = spans;
-        p.batch = 1, p.heads = heads, p.single = 1, p.threads = 1, p.device = -1, p.loss = loss.data();
+        p.batch = 1, p.heads = heads, p.single = 1, p.threads = 1, p.device = -1, p.has_grads = 1, p.loss = loss.data();
         for (int ab = 0; ab < 4; ++ab) {
             p.blocks[ab] = {in[0].data(), {elements, n * n, n, 1}};
             p.grads[ab] = {out[0].data(), {elements, n * n, n, 1}};

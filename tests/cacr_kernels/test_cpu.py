@@ -284,14 +284,31 @@ def test_four_blocks_invalid_example() -> None:
         assert gradient[0].isfinite().all()
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def bits(value: int, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(value).to(torch.int32 if dtype == torch.float32 else torch.int64).view(dtype)
+
+
+#: NaN with an empty payload, with a full one and either sign (0x7fffffff is CUDA's), and infinities
+SPECIAL = {
+    "nan": lambda dtype: torch.tensor(float("nan"), dtype=dtype),
+    "-nan, all ones": lambda dtype: bits(-1, dtype),
+    "nan, all ones": lambda dtype: bits(torch.iinfo(torch.int32 if dtype == torch.float32 else torch.int64).max, dtype),
+    "inf": lambda dtype: torch.tensor(float("inf"), dtype=dtype),
+    "-inf": lambda dtype: torch.tensor(float("-inf"), dtype=dtype),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("value", SPECIAL)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("place", [(2, 3), (2, 9), (9, 2), (10, 11)])
-def test_nan_and_infinity_inside_a_span_reach_the_loss(value: float, kind: str, place: tuple[int, int]) -> None:
-    if kind != "scores" and value == float("-inf"):
+def test_nan_and_infinity_inside_a_span_reach_the_loss(
+    value: str, kind: str, place: tuple[int, int], dtype: torch.dtype
+) -> None:
+    if kind != "scores" and value == "-inf":
         pytest.skip("a probability is not negative, and softmax of -inf is 0")
-    attn = make_input(kind, 7, 6, heads=2)
-    attn[0, 1, place[0], place[1]] = value
+    attn = make_input(kind, 7, 6, heads=2, dtype=dtype)
+    attn[0, 1, place[0], place[1]] = SPECIAL[value](dtype)
     loss, _ = native.cpu.scores_forward([attn], joint(7, 6), Options(kind), False)  # type: ignore[arg-type]
     assert loss[0, 0].isfinite()
     assert loss[0, 1].isnan()
@@ -366,6 +383,21 @@ def test_empty_batch() -> None:
     loss, (gradient,) = run([torch.zeros(0, 3, 8, 8)], joint(3, 5), Options(), torch.ones(0, 3))
     assert loss.shape == (0, 3)
     assert gradient.shape == (0, 3, 8, 8)
+
+
+@pytest.mark.parametrize(("n_text", "n_vision"), [(0, 5), (5, 0), (0, 0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_of_an_empty_modality_have_gradient_zero(
+    n_text: int, n_vision: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradients start as NaN: every element is written, also where the first block is empty and has no address."""
+    monkeypatch.setattr(native, "_new_gradients", lambda inputs: [torch.full_like(x, float("nan")) for x in inputs])
+    shapes = itertools.product((n_text, n_vision), repeat=2)
+    blocks = [torch.randn(2, 3, *shape).to(dtype) for shape in shapes]
+    loss, gradients = run(blocks, Spans(0, n_text, 0, n_vision), Options(), torch.ones(2, 3))
+    assert torch.equal(loss, torch.zeros(2, 3))
+    for block, gradient in zip(blocks, gradients):
+        assert torch.equal(gradient, torch.zeros_like(block))
 
 
 def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
