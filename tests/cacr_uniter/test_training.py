@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -16,7 +14,6 @@ from cacr_uniter.errors import UserError
 from cacr_uniter.training import checkpoint as checkpoints
 from cacr_uniter.training.build import build_accelerator, build_model, model_config
 from cacr_uniter.training.optim import FlatGradients, build_optimizer, decayed, trained_parameters
-from cacr_uniter.training.source import READ_AHEAD_BYTES, MemorySource, ahead
 from cacr_uniter.training.step import Stepper
 from cacr_uniter.training.testing import VOCABULARY, numbers, small_config, small_run, synthetic_source
 
@@ -201,44 +198,6 @@ def test_no_clipping_below_the_limit() -> None:
     assert parameter.grad.tolist() == [1.5, 0.0, 2.0]
     gradients.clear()
     assert parameter.grad.tolist() == [0.0, 0.0, 0.0]
-
-
-def test_memory_source_gives_what_it_was_loaded_from() -> None:
-    source = synthetic_source()
-    copy = MemorySource.load(source, chunk=7)
-    captions, images = np.array([3, 0, 39, 3]), np.array([1, 19, 0, 4])
-    for name, value in vars(source.pairs(captions, images)).items():
-        assert torch.equal(value, getattr(copy.pairs(captions, images), name)), name
-
-
-@pytest.mark.parametrize("workers", [0, 1, 3])
-def test_reading_ahead_keeps_order_and_errors(workers: int) -> None:
-    assert list(ahead(lambda x: x * x, range(50), workers)) == [x * x for x in range(50)]
-
-    def fails(x: int) -> int:
-        if x == 5:
-            raise UserError("record 5 is damaged")
-        return x
-
-    seen: list[int] = []
-    with pytest.raises(UserError, match="record 5"):
-        seen.extend(ahead(fails, range(50), workers))
-    assert seen == list(range(5))
-
-
-@pytest.mark.parametrize(("size", "most"), [(1, 8), (READ_AHEAD_BYTES // 3, 3), (2 * READ_AHEAD_BYTES, 1)])
-def test_reading_ahead_is_bounded_in_bytes(size: int, most: int) -> None:
-    begun: list[int] = []
-
-    def read(item: int) -> int:
-        begun.append(item)
-        return item
-
-    waiting = []
-    for item in ahead(read, range(40), 4, lambda result: size):
-        time.sleep(0.005)
-        waiting.append(len(begun) - 1 - item)
-    assert max(waiting) == most
 
 
 def test_a_pool_keeps_its_one_image_once(tmp_path: Path) -> None:

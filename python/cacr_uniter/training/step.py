@@ -103,8 +103,8 @@ class Stepper:
         images = np.concatenate([group.images for group in groups])
         rows = np.arange(len(captions))
         if self.config.batch.mining == "shared":
-            pairs, rows = np.unique(captions * self.source.n_images + images, return_inverse=True)
-            captions, images = np.divmod(pairs, self.source.n_images)
+            distinct, rows = np.unique(captions * self.source.n_images + images, return_inverse=True)
+            captions, images = np.divmod(distinct, self.source.n_images)
         pairs = read_pairs(self.source, captions, images, self.accelerator.device)
         return Portion(step, last, groups, pairs, torch.from_numpy(rows))
 
