@@ -15,13 +15,17 @@ struct Left {
     i64 column;
 };
 
-// Tile shapes: kMaxVectors columns of vectors, and for each width as many rows as the registers hold.
+// Tile shapes: kMaxVectors columns of vectors, and for each width as many rows as the registers hold beside the right
+// vectors and one left element (without fused multiply-add: and one product).
 #if CACR_REGISTERS >= 32
 constexpr int kMaxVectors = 4;
 constexpr int rows_for(int vectors) { return vectors == 4 ? 6 : 8; }
+#elif defined(__FMA__)
+constexpr int kMaxVectors = 3;
+constexpr int rows_for(int vectors) { return 10 - 2 * vectors; }
 #else
 constexpr int kMaxVectors = 2;
-constexpr int rows_for(int vectors) { return vectors == 2 ? CACR_TILE_ROWS : 8; }
+constexpr int rows_for(int vectors) { return vectors == 2 ? 4 : 8; }
 #endif
 
 // 512-bit units of two 256-bit halves do half a vector in half the time.
@@ -45,7 +49,8 @@ struct Ahead {
 // Scratch that products share, and the memory to fetch between their register tiles: it arrives while they compute.
 template <typename T>
 struct Workspace {
-    static constexpr int kLines = CACR_VECTOR_BYTES * kMaxVectors / 10;  // cache lines a tile
+    // Cache lines a tile. With AVX-512 (Zen 4) the products leave room for them; with AVX2 (Zen 3) they cost 2 to 10 %.
+    static constexpr int kLines = CACR_VECTOR_BYTES == 64 ? CACR_VECTOR_BYTES * kMaxVectors / 10 : 0;
 
     T* pack;  // pack_elements<T>()
     Ahead ahead[8];

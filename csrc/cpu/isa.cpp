@@ -1,5 +1,5 @@
-// Compiled once per instruction set with -DCACR_ISA=<name> -DCACR_TABLE=<table> -DCACR_VECTOR_BYTES, -DCACR_REGISTERS,
-// -DCACR_TILE_ROWS. Nothing here may have external linkage outside namespace CACR_ISA (see problem.h, CACR_HD).
+// Compiled once per instruction set with -DCACR_ISA=<name> -DCACR_TABLE=<table> -DCACR_VECTOR_BYTES and
+// -DCACR_REGISTERS. Nothing here may have external linkage outside namespace CACR_ISA (see problem.h, CACR_HD).
 #include "kernels.h"
 #include "qk.h"
 #include "scores.h"
