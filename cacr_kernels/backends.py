@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import warnings
 from dataclasses import dataclass
 from functools import cache
@@ -68,9 +69,48 @@ def _triton_status() -> BackendStatus:
 
 def _cuda_status() -> BackendStatus:
     status = _native_status("cuda")
-    if status.available and not torch.cuda.is_available():
+    if not status.available:
+        return status
+    if not torch.cuda.is_available():
         return BackendStatus(False, "no CUDA GPU is visible to PyTorch", status.details)
-    return status
+    reasons = [_built_for_others(torch.cuda.get_device_capability(i)) for i in range(torch.cuda.device_count())]
+    return status if "" in reasons else BackendStatus(False, reasons[0], status.details)
+
+
+def _holds_code_for(capability: tuple[int, int], architectures: str) -> bool:
+    """Whether a build for ``architectures``, in CMake's names ("75-real 80 90a-real"), runs on a GPU of ``capability``.
+
+    Machine code (real, or no suffix) runs on the same major version from its minor version on, PTX (virtual, or no
+    suffix) on everything as new; a name ending in "a" means that capability alone. Groups such as "all" are believed.
+    """
+    for name in architectures.split():
+        found = re.fullmatch(r"(\d+)(\d)([af]?)(-real|-virtual)?", name)
+        if found is None:
+            return True
+        target, only, code = (int(found[1]), int(found[2])), found[3], found[4]
+        same_major = capability[0] == target[0] and capability >= target
+        if only == "a":
+            serves = capability == target
+        elif only == "f" or code == "-real":
+            serves = same_major
+        else:
+            serves = capability >= target
+        if serves:
+            return True
+    return False
+
+
+def _built_for_others(capability: tuple[int, int]) -> str:
+    """The empty string if the native module holds code for a GPU of ``capability``, else what to do."""
+    from . import native
+
+    architectures = native.build_info()["cuda_architectures"]
+    if _holds_code_for(capability, architectures):
+        return ""
+    return (
+        f"built for {architectures}, this GPU has {capability[0]}.{capability[1]}: rebuild with CUDACXX=<an nvcc that "
+        "targets it>, that of CUDA 12 before 7.5"
+    )
 
 
 @cache
@@ -98,6 +138,8 @@ def _why_not(
         return f"Triton needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
     if backend == "cuda" and variant == "qk":
         return "it computes fused_cacr only; fused_cacr_qk runs on 'triton', 'cpu' and 'reference'"
+    if backend == "cuda" and (reason := _built_for_others(capability)):
+        return reason
     if backend == "cuda" and dtype == torch.bfloat16 and capability < (8, 0):
         return f"bfloat16 needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
     return ""
