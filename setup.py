@@ -31,9 +31,7 @@ def is_set(name: str) -> bool:
 
 
 def nvcc_candidates() -> Iterator[Path]:
-    """Where nvcc may be, in order of preference."""
-    if compiler := os.environ.get("CUDACXX"):
-        yield Path(shutil.which(compiler) or compiler)
+    """Where nvcc may be when CUDACXX does not say, in order of preference."""
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         if home := os.environ.get(variable):
             yield Path(home, "bin", "nvcc")
@@ -45,6 +43,11 @@ def nvcc_candidates() -> Iterator[Path]:
 
 
 def find_nvcc() -> Path | None:
+    """The nvcc that CUDACXX names, or the first one found; another than the one asked for may lack the user's GPU."""
+    if compiler := os.environ.get("CUDACXX"):
+        if found := shutil.which(compiler):
+            return Path(found)
+        raise SystemExit(f"CUDACXX={compiler} is no executable: give the path of nvcc, or unset it to search")
     return next((path for path in nvcc_candidates() if path.is_file() and os.access(path, os.X_OK)), None)
 
 
@@ -54,6 +57,13 @@ def tool(name: str) -> str:
     if path is None:
         raise SystemExit(f"{name} is missing: install it with `pip install {name}`, or build with build isolation")
     return path
+
+
+def replace(source: Path, target: Path) -> None:
+    """Puts a copy at ``target`` in one step: processes that have the old module mapped keep it."""
+    copy = target.with_name(f".{target.name}.{os.getpid()}")
+    shutil.copy2(source, copy)
+    os.replace(copy, target)
 
 
 class CMakeExtension(Extension):
@@ -106,7 +116,7 @@ class CMakeBuild(build_ext):
         if len(built) != 1:
             raise SystemExit(f"expected one module in {build / 'out'}, found {[path.name for path in built]}")
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(built[0], target)
+        replace(built[0], target)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -120,6 +121,57 @@ def test_where_nvcc_is_searched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     for name, variable in (("cudacxx", "CUDACXX"), ("home", "CUDA_HOME"), ("path", "CUDA_PATH"), ("onpath", "PATH")):
         assert setup.find_nvcc() == places[name]
         monkeypatch.delenv(variable)
+
+
+def test_an_nvcc_that_is_not_there_is_an_error(tree: Path, tmp_path: Path) -> None:
+    result = run(tree, "setup.py", "build_ext", CUDACXX=str(tmp_path / "nvcc"))
+    assert result.returncode != 0
+    assert f"CUDACXX={tmp_path / 'nvcc'} is no executable" in result.stderr
+
+
+def test_a_module_in_use_is_replaced_and_not_overwritten(tmp_path: Path) -> None:
+    new, target = tmp_path / "new", tmp_path / "module.so"
+    new.write_bytes(b"new")
+    target.write_bytes(b"old")
+    with target.open("rb") as in_use:
+        load_setup(ROOT).replace(new, target)
+        assert in_use.read() == b"old"
+    assert target.read_bytes() == b"new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["module.so", "new"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("variables", "arguments", "chosen"),
+    [
+        ({"CUDAARCHS": "86-real"}, (), "86-real"),
+        ({}, ("-DCMAKE_CUDA_ARCHITECTURES=80;90-virtual",), "80;90-virtual"),
+        ({"CUDAARCHS": ""}, (), r"(\d+-real;){3,}\d+-virtual"),
+    ],
+    ids=["environment", "argument", "empty"],
+)
+def test_the_architectures_asked_for_are_those_of_the_build(
+    tmp_path: Path, variables: dict[str, str], arguments: tuple[str, ...], chosen: str
+) -> None:
+    """What the configuration records, of the real nvcc; without a wish every generation and PTX, not CMake's one."""
+    import pybind11
+
+    setup = load_setup(ROOT)
+    nvcc = setup.find_nvcc()
+    if nvcc is None:
+        pytest.skip("no nvcc (looked at CUDACXX, CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda, nvidia pip wheels)")
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")  # no GPU is visible
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    command = [setup.tool("cmake"), "-S", str(ROOT), "-B", str(tmp_path / "build"), "-G", "Ninja", *arguments]
+    command += [f"-DCMAKE_MAKE_PROGRAM={setup.tool('ninja')}", f"-DPython_EXECUTABLE={sys.executable}"]
+    command += [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
+    variables = environment(CUDACXX=str(nvcc), PATH=path, **variables)
+    result = subprocess.run(command, env=variables, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    recorded = re.search(r"CACR CUDA kernels: nvcc [\d.]+ (\S+)", result.stdout)
+    assert recorded is not None
+    assert re.fullmatch(chosen, recorded[1])
 
 
 ARCHITECTURES = """
