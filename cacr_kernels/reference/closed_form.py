@@ -52,6 +52,7 @@ def _side_loss(blocks: Blocks, text: bool, options: Options, dtype: torch.dtype)
     if rows is not None:
         terms = torch.where(rows[:, None, :, None] & rows[:, None, None, :], terms, torch.zeros_like(terms))
     loss = terms.sum((-1, -2))
+    loss = loss + (loss - loss)  # infinite where a logit is -inf: NaN, as the row sums E_p[d] - E_q[d] give
     return over_size(loss, n_a) if options.row_mean else loss
 
 

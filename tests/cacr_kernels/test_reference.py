@@ -211,3 +211,12 @@ def test_iais_survives_vanishing_probabilities():
         loss = iais_loss(attn, 5, mode=mode)
         assert torch.isfinite(loss)
         assert torch.isfinite(torch.autograd.grad(loss, attn)[0]).all()
+
+
+@pytest.mark.parametrize("place", [(2, 3), (6, 7)])
+def test_minus_infinity_in_an_own_block_is_nan(place):
+    """As in the kernels: E_p[d] is infinite and E_q[d] is 0 times infinity."""
+    attn = make_scores(5, 4, dtype=torch.float64)
+    attn[(..., *place)] = -math.inf
+    for function in (cacr_loop, cacr_closed_form):
+        assert function(attn, 5, kind="softmax").isnan()
