@@ -1,4 +1,5 @@
-// Launches of the backward: fill once; then per chunk rows and blocks, between row softmax and its Jacobian for kind softmax.
+// Launches of the backward: fill once, unless the spans cover everything; then per chunk rows and blocks, between row softmax
+// and its Jacobian for kind softmax.
 #include "backward_blocks.cuh"
 #include "fill.cuh"
 
@@ -6,6 +7,14 @@
 #include "row_softmax.cuh"
 
 namespace cacr {
+
+// Whether the spans of every example cover all of the gradients, so that the other kernels write every element.
+static bool spans_cover(const Problem& problem) {
+    const SpanTable& spans = problem.spans;
+    if (spans.table || spans.n_text == 0 || spans.n_vision == 0 || !extent_of(spans, 0).valid) return false;
+    return problem.single ? spans.n_text + spans.n_vision == spans.limit_text
+                          : spans.n_text == spans.limit_text && spans.n_vision == spans.limit_vision;
+}
 
 static int fill(const Problem& problem) {
     const i64 longest = larger(problem.spans.limit_text, problem.spans.limit_vision);
@@ -26,7 +35,8 @@ static int backward(const Problem& problem, i64 first, i64 count) {
     if (!error)
         error = launch(cacr_backward_rows_kernel<F>, count, tiles, 2, kThreads, problem.stream, problem, first);
     if (!error)
-        error = launch(cacr_backward_blocks_kernel<F>, count, tiles * tiles, 4, kThreads, problem.stream, problem, first);
+        error = launch(cacr_backward_blocks_kernel<F>, count * tiles_of_block(problem.spans), 1, 4, kThreads,
+                       problem.stream, problem, first);
     if (!error && softmax)
         error = launch(cacr_softmax_gradient_kernel, count, row_groups, 4, kThreads, problem.stream, problem, first);
     return error;
@@ -40,7 +50,7 @@ int cacr_backward_cuda(const Problem& problem) {
     const DeviceScope scope(problem.device);
     if (scope.error()) return scope.error();
     if (problem.batch * problem.heads == 0 || problem.spans.limit_text + problem.spans.limit_vision == 0) return 0;
-    const int error = fill(problem);
+    const int error = spans_cover(problem) ? 0 : fill(problem);
     if (error || problem.spans.n_text == 0 || problem.spans.n_vision == 0) return error;
     return for_chunks(problem, cacr_backward_workspace_cuda(problem), [&](i64 first, i64 count) {
         switch (problem.options.kind == Kind::softmax ? DType::f32 : problem.dtype) {

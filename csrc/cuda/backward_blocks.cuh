@@ -23,61 +23,72 @@ CACR_DEVICE void factor_gradient(const Problem& problem, const Place& place, con
         product<Layout::transposed, Layout::transposed>(f, w, row_start, col_start, n, slices, acc);
     } else {
         const View<F> c = factor_view<F>(problem, place, workspace, 1 - side, 1 - side);
+        product<Layout::plain, Layout::plain>(w, c, row_start, col_start, m, slices, acc);
         const View<float> g = dense_view(workspace.g(side), workspace.columns(side), n, n);
         const View<float> u = dense_view(workspace.u(side), leading, n, m);
-        product<Layout::plain, Layout::plain>(w, c, row_start, col_start, m, slices, acc);
         product<Layout::transposed, Layout::transposed>(g, u, row_start, col_start, n, slices, acc);
     }
 }
 
-// Rounds columns col_start + 32 part + 0..31 of the tile, plus the target's gradient, into the gradient.
-template <int part>
-CACR_DEVICE void write_chunk(const ScoresGrad& grad, const float* target, int rows, int cols, int leading, int row_start,
-                             int col_start, Chunk& chunk, const Accumulator& acc) {
+// Rounds columns col_start + 32 part + 0..31 of the tile, plus the target's gradient, into the gradient; F is its type, as
+// the kind is not softmax.
+template <int part, typename F>
+CACR_DEVICE void write_chunk(const ScoresGrad& grad, const float* target, bool add_target, int rows, int cols,
+                             int leading, int row_start, int col_start, Chunk& chunk, const Accumulator& acc) {
     const int start = col_start + part * kChunk;
     if (start >= cols) return;
     put_chunk<part>(chunk, acc);
     CACR_BARRIER();  // the chunk is written
+    const int col = thread_index() % kChunk;
+    if (start + col >= cols) return;
+    const int end = rows - row_start < kTile ? rows - row_start : kTile;
+    const int first = thread_index() / kChunk;
+    F* to = grad.pointer<F>(row_start + first, start + col);
+    const i64 to_step = kChunkStep * grad.where.row_stride;
+    const float* own = target + (i64)(row_start + first) * leading + start + col;
+    const i64 own_step = kChunkStep * leading;
     CACR_UNROLL_SOME
-    for (int e = thread_index(); e < kTile * kChunk; e += kThreads) {
-        const int row = row_start + e / kChunk;
-        const int col = start + e % kChunk;
-        if (row >= rows || col >= cols) continue;
-        const float own = target ? target[(i64)row * leading + col] : 0.0f;
-        grad.set(row, col, chunk.v[e / kChunk][e % kChunk] + own);
+    for (int row = first; row < end; row += kChunkStep) {
+        from_float(chunk.v[row][col] + (add_target ? *own : 0.0f), *to);
+        to += to_step;
+        own += own_step;
     }
 }
 
-// Grid: problems x tiles of the largest block x the four blocks. Writes the gradients inside the spans; for kind softmax
-// the gradients of the probabilities to the workspace.
+// Grid: problems times tiles of the largest block x 1 x the four blocks; axis y ends at 65,535, and 256 x 256 tiles are more.
+// Writes the gradients inside the spans; for kind softmax the gradients of the probabilities to the workspace.
 template <typename F>
 CACR_KERNEL(kThreads, 4) cacr_backward_blocks_kernel(Problem problem, i64 first) {
     CACR_SHARED(BackwardShared, shared);
-    const Place place = place_of(problem, first + block_x());
+    const int tiles = tiles_of_block(problem.spans);
+    const int slot = (int)block_x() / tiles;
+    const int tile = (int)block_x() % tiles;
+    const Place place = place_of(problem, first + slot);
     const int row_side = block_z() / 2;
     const int col_side = block_z() % 2;
     if (!any_side_counts(problem, place)) return;
     const int rows = length_of(place.extent, row_side);
     const int cols = length_of(place.extent, col_side);
     const int tiles_across = (cols + kTile - 1) / kTile;
-    const int row_start = block_y() / tiles_across * kTile;
-    const int col_start = block_y() % tiles_across * kTile;
+    const int row_start = tile / tiles_across * kTile;
+    const int col_start = tile % tiles_across * kTile;
     if (row_start >= rows) return;
 
-    const Workspace workspace = backward_workspace(problem, block_x());
-    const int leading = workspace.columns(col_side);
+    const Workspace workspace = backward_workspace(problem, slot);
     Accumulator acc;
     clear(acc);
     factor_gradient<F>(problem, place, workspace, row_side, col_side, row_start, col_start, shared.slices, acc);
     if (problem.options.kind == Kind::softmax) {
-        store_tile(workspace.grad_prob(row_side, col_side), leading, row_start, col_start, rows, cols, acc);
+        store_tile(workspace.grad_prob(row_side, col_side), workspace.columns(col_side), row_start, col_start, rows, cols,
+                   acc);
         return;
     }
     const bool add_target = row_side == col_side && wants_target(problem, place, row_side);
-    const float* target = add_target ? workspace.target(row_side) : nullptr;
+    const float* target = workspace.target(row_side);
+    const int leading = workspace.columns(col_side);
     const ScoresGrad grad(problem, place, row_side, col_side);
-    write_chunk<0>(grad, target, rows, cols, leading, row_start, col_start, shared.chunk, acc);
-    write_chunk<1>(grad, target, rows, cols, leading, row_start, col_start, shared.chunk, acc);
+    write_chunk<0, F>(grad, target, add_target, rows, cols, leading, row_start, col_start, shared.chunk, acc);
+    write_chunk<1, F>(grad, target, add_target, rows, cols, leading, row_start, col_start, shared.chunk, acc);
 }
 
 // Kind softmax. Grid: problems x ceil(max(T, R) / 4) x the four blocks; one warp a row.

@@ -10,6 +10,18 @@ union BackwardShared {
     Chunk chunk;
 };
 
+// What an element's gradient takes from its row, in two 16-byte loads.
+struct alignas(16) SharedRow {
+    RowScales<float> scales;
+    float weight;    // dL/d(row loss); the same for all rows, and no register here
+    float weight_g;  // times the factor of X
+};
+
+struct BackwardRowsShared {
+    BackwardShared tiles;
+    SharedRow rows[kTile];
+};
+
 // Whether a side's gradient goes into the projection (S_ab, S_bb), or into its target S_aa.
 CACR_DEVICE bool wants_projection(const Problem& problem, const Place& place, int side) {
     return side_counts(problem, place, side) && problem.options.stop_gradient != StopGradient::projection;
@@ -38,47 +50,56 @@ CACR_DEVICE float row_weight(const Problem& problem, const Place& place, int n) 
 // What turns X into gradients: the rows of one side of one problem.
 struct RowGradient {
     Scores y;
-    RowStats stats;
-    float* g;       // [n, leading]; null if the projection gets no gradient
-    float* target;  // [n, leading]; null if S_aa gets none through Y
+    float* g;       // [n, leading]
+    float* target;  // [n, leading]
+    bool wants_g;
+    bool wants_target;
     int n;
     int leading;
     float factor;  // X = factor * U S_ab^T
-    float weight;  // dL/d(row loss)
     bool probs;
 };
 
-// Turns columns col_start + 32 part + 0..31 of U S_ab^T into G and dL/dS_aa through Y (row_grad) in the workspace.
-template <int part>
-CACR_DEVICE void differentiate_chunk(const RowGradient& to, int row_start, int col_start, Chunk& chunk,
-                                     const Accumulator& acc) {
+// Turns columns col_start + 32 part + 0..31 of U S_ab^T into G and dL/dS_aa through Y (row_grad) in the workspace. rows: the
+// numbers of rows row_start + 0..63.
+template <int part, typename F>
+CACR_DEVICE void differentiate_chunk(const RowGradient& to, const SharedRow* rows, int row_start, int col_start,
+                                     Chunk& chunk, const Accumulator& acc) {
     const int start = col_start + part * kChunk;
     if (start >= to.n) return;
     put_chunk<part>(chunk, acc);
     CACR_BARRIER();  // the chunk is written
+    const int col = thread_index() % kChunk;
+    if (start + col >= to.n) return;
+    const int end = to.n - row_start < kTile ? to.n - row_start : kTile;
+    const int first = thread_index() / kChunk;
+    const char* from = to.y.address(row_start + first, start + col);
+    const i64 from_step = kChunkStep * to.y.row_bytes();
+    const i64 where = (i64)(row_start + first) * to.leading + start + col;
+    float* g = to.g + where;
+    float* target = to.target + where;
+    const i64 step = kChunkStep * to.leading;
     CACR_UNROLL_SOME
-    for (int e = thread_index(); e < kTile * kChunk; e += kThreads) {
-        const int row = row_start + e / kChunk;
-        const int col = start + e % kChunk;
-        if (row >= to.n || col >= to.n) continue;
-        float y = to.y.at(row, col);
-        float chain = 1.0f;
+    for (int row = first; row < end; row += kChunkStep) {
+        float y = load_score<F>(to.y.dtype, from);
+        float chain = rows[row].weight;
         if (to.probs) {
-            chain = logit_of_prob_grad(y);
+            chain *= logit_of_prob_grad(y);
             y = logit_of_prob(y);
         }
-        const float x = to.factor * chunk.v[e / kChunk][e % kChunk];
-        const RowGrad<float> grad = row_grad(row_numbers(to.stats, row), x, y);
-        const i64 where = (i64)row * to.leading + col;
-        if (to.g) to.g[where] = to.weight * to.factor * grad.dx;
-        if (to.target) to.target[where] = to.weight * chain * grad.dy;
+        const RowGrad<float> grad = row_grad(rows[row].scales, to.factor * chunk.v[row][col], y);
+        if (to.wants_g) *g = rows[row].weight_g * grad.dx;
+        if (to.wants_target) *target = chain * grad.dy;
+        from += from_step;
+        g += step;
+        target += step;
     }
 }
 
 // Grid: problems x ceil(max(T, R) / 64) x sides. Fills U, G, dY and W of the workspace.
 template <typename F>
 CACR_KERNEL(kThreads, 3) cacr_backward_rows_kernel(Problem problem, i64 first) {
-    CACR_SHARED(BackwardShared, shared);
+    CACR_SHARED(BackwardRowsShared, shared);
     const Place place = place_of(problem, first + block_x());
     const int side = block_z();
     const int row_start = block_y() * kTile;
@@ -91,32 +112,40 @@ CACR_KERNEL(kThreads, 3) cacr_backward_rows_kernel(Problem problem, i64 first) {
     const View<F> f = factor_view<F>(problem, place, workspace, side, 1 - side);
     const View<F> c = factor_view<F>(problem, place, workspace, 1 - side, 1 - side);
     const View<float> u = dense_view(workspace.u(side), leading, n, m);
+    const float factor = (float)projection_factor(problem.options, m);
     const RowGradient to = {Scores(problem, place, side, side),
-                            RowStats(problem, place, side),
-                            wants_projection(problem, place, side) ? workspace.g(side) : nullptr,
-                            wants_target(problem, place, side) ? workspace.target(side) : nullptr,
+                            workspace.g(side),
+                            workspace.target(side),
+                            wants_projection(problem, place, side),
+                            wants_target(problem, place, side),
                             n,
                             workspace.columns(side),
-                            (float)projection_factor(problem.options, m),
-                            row_weight(problem, place, n),
+                            factor,
                             problem.options.kind == Kind::probs};
 
-    project_rows(f, c, row_start, workspace.u(side), leading, shared.slices);
-    CACR_BARRIER();  // this block's rows of U are written
+    const int own_row = row_start + thread_index();
+    if (thread_index() < kTile && own_row < n) {
+        const float weight = row_weight(problem, place, n);
+        const RowScales<float> scales = row_scales(row_numbers(RowStats(problem, place, side), own_row));
+        shared.rows[thread_index()] = {scales, weight, weight * factor};
+    }
+    ProductSlices& slices = shared.tiles.slices;
+    project_rows(f, c, row_start, workspace.u(side), leading, slices);
+    CACR_BARRIER();  // this block's rows of U, and shared.rows, are written
     for (int col_start = 0; col_start < n; col_start += kTile) {
         Accumulator acc;
         clear(acc);
-        product<Layout::plain, Layout::plain, true>(u, f, row_start, col_start, m, shared.slices, acc);
-        differentiate_chunk<0>(to, row_start, col_start, shared.chunk, acc);
-        differentiate_chunk<1>(to, row_start, col_start, shared.chunk, acc);
+        product<Layout::plain, Layout::plain, true>(u, f, row_start, col_start, m, slices, acc);
+        differentiate_chunk<0, F>(to, shared.rows, row_start, col_start, shared.tiles.chunk, acc);
+        differentiate_chunk<1, F>(to, shared.rows, row_start, col_start, shared.tiles.chunk, acc);
     }
-    if (!to.g) return;
+    if (!to.wants_g) return;
     CACR_BARRIER();  // this block's rows of G are written
     const View<float> g = dense_view(to.g, to.leading, n, n);
     for (int col_start = 0; col_start < m; col_start += kTile) {
         Accumulator acc;
         clear(acc);
-        product<Layout::plain, Layout::transposed>(g, f, row_start, col_start, n, shared.slices, acc);
+        product<Layout::plain, Layout::transposed>(g, f, row_start, col_start, n, slices, acc);
         store_tile(workspace.w(side), leading, row_start, col_start, n, m, acc);
     }
 }

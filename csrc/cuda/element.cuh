@@ -23,6 +23,10 @@ CACR_DEVICE Bfloat16 bfloat16_of(float value) {
     return {value != value ? (unsigned short)0x7fff : (unsigned short)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
 }
 
+CACR_DEVICE void from_float(float value, float& out) { out = value; }
+CACR_DEVICE void from_float(float value, Half& out) { out.bits = half_of_float(value); }
+CACR_DEVICE void from_float(float value, Bfloat16& out) { out = bfloat16_of(value); }
+
 // Element `offset` of a tensor of the problem's dtype, where the type is not worth a template.
 CACR_DEVICE float load(DType dtype, const void* data, i64 offset) {
     if (dtype == DType::f32) return ((const float*)data)[offset];
@@ -30,13 +34,22 @@ CACR_DEVICE float load(DType dtype, const void* data, i64 offset) {
     return to_float(((const Bfloat16*)data)[offset]);
 }
 
+CACR_DEVICE i64 size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+
+// The score at an address. F: type of the factors of the products, which is that of the scores unless the kind is softmax;
+// then it is float.
+template <typename F>
+CACR_DEVICE float load_score(DType dtype, const char* from) {
+    return sizeof(F) == sizeof(float) ? load(dtype, from, 0) : to_float(*(const F*)from);
+}
+
 CACR_DEVICE void store(DType dtype, void* data, i64 offset, float value) {
     if (dtype == DType::f32)
-        ((float*)data)[offset] = value;
+        from_float(value, ((float*)data)[offset]);
     else if (dtype == DType::f16)
-        ((Half*)data)[offset] = Half{half_of_float(value)};
+        from_float(value, ((Half*)data)[offset]);
     else
-        ((Bfloat16*)data)[offset] = bfloat16_of(value);
+        from_float(value, ((Bfloat16*)data)[offset]);
 }
 
 }  // namespace cacr

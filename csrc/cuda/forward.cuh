@@ -58,18 +58,21 @@ CACR_DEVICE void add_logits(const LogitChunks& logits, int cols, bool first, flo
 }
 
 // Compares columns col_start + 32 part + 0..31 of X = factor * acc with Y, a chunk of 64 rows.
-template <int part>
+template <int part, typename F>
 CACR_DEVICE void compare_chunk(const Scores& y, bool probs, int n, int row_start, int col_start, float factor,
                                LogitChunks& logits, const Accumulator& acc, RowState<float>& state) {
     const int start = col_start + part * kChunk;
     if (start >= n) return;
     put_chunk<part>(logits.x, acc);
+    const int col = thread_index() % kChunk;
+    const int rows = start + col < n ? n - row_start : 0;
+    const char* from = y.address(row_start + thread_index() / kChunk, start + col);
+    const i64 step = kChunkStep * y.row_bytes();
     CACR_UNROLL_SOME
-    for (int e = thread_index(); e < kTile * kChunk; e += kThreads) {
-        const int row = row_start + e / kChunk;
-        const int col = start + e % kChunk;
-        const float value = row < n && col < n ? y.at(row, col) : 0.0f;
-        logits.y.v[e / kChunk][e % kChunk] = probs ? logit_of_prob(value) : value;
+    for (int row = thread_index() / kChunk; row < kTile; row += kChunkStep) {
+        const float value = row < rows ? load_score<F>(y.dtype, from) : 0.0f;
+        logits.y.v[row][col] = probs ? logit_of_prob(value) : value;
+        from += step;
     }
     CACR_BARRIER();  // the chunks are written
     add_logits(logits, n - start < kChunk ? n - start : kChunk, start == 0, factor, state);
@@ -104,8 +107,8 @@ CACR_KERNEL(kThreads, 3) cacr_forward_kernel(Problem problem, i64 first) {
         Accumulator acc;
         clear(acc);
         product<Layout::plain, Layout::plain, true>(u, f, row_start, col_start, m, shared.slices, acc);
-        compare_chunk<0>(y, probs, n, row_start, col_start, factor, shared.logits, acc, state);
-        compare_chunk<1>(y, probs, n, row_start, col_start, factor, shared.logits, acc, state);
+        compare_chunk<0, F>(y, probs, n, row_start, col_start, factor, shared.logits, acc, state);
+        compare_chunk<1, F>(y, probs, n, row_start, col_start, factor, shared.logits, acc, state);
     }
     merge_row_pair(state);
     const int row = row_start + thread_index() / kThreadsPerRow;

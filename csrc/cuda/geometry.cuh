@@ -14,15 +14,15 @@ constexpr int kVision = 1;
 
 // One problem of the batch: index = b * heads + h < 2^31, as B x H lies on the grid's axis x.
 struct Place {
-    i64 index;
-    i64 b;
-    i64 h;
+    int index;
+    int b;
+    int h;
     Extent extent;
 };
 
 CACR_DEVICE Place place_of(const Problem& problem, i64 index) {
     Place place;
-    place.index = index;
+    place.index = (int)index;
     place.b = (int)index / (int)problem.heads;
     place.h = (int)index % (int)problem.heads;
     place.extent = extent_of(problem.spans, place.b);
@@ -50,7 +50,7 @@ struct RowStats {
 
     CACR_DEVICE RowStats(const Problem& problem, const Place& place, int side) {
         width = (i64)problem.spans.n_text + problem.spans.n_vision;
-        data = problem.stats + place.index * kRowStats * width + (side == kText ? 0 : problem.spans.n_text);
+        data = problem.stats + (i64)place.index * kRowStats * width + (side == kText ? 0 : problem.spans.n_text);
     }
     CACR_DEVICE float& at(RowStat stat, int row) const { return data[stat * width + row]; }
 };
@@ -82,6 +82,10 @@ struct Scores {
         dtype = problem.dtype;
         where = block_place(place, tensor.stride, row_side, col_side);
     }
+    CACR_DEVICE const char* address(int row, int col) const {
+        return (const char*)data + where.at(row, col) * size_of(dtype);
+    }
+    CACR_DEVICE i64 row_bytes() const { return where.row_stride * size_of(dtype); }
     CACR_DEVICE float at(int row, int col) const { return load(dtype, data, where.at(row, col)); }
 };
 
@@ -96,6 +100,11 @@ struct ScoresGrad {
         data = tensor.data;
         dtype = problem.dtype;
         where = block_place(place, tensor.stride, row_side, col_side);
+    }
+    // Type S must be that of dtype.
+    template <typename S>
+    CACR_DEVICE S* pointer(int row, int col) const {
+        return (S*)data + where.at(row, col);
     }
     CACR_DEVICE void set(int row, int col, float value) const { store(dtype, data, where.at(row, col), value); }
 };

@@ -19,9 +19,17 @@ constexpr int kColStep = kTile / kColsEach;
 constexpr int kFetchEach = kTile * kDepth / kThreads;
 constexpr int kChunk = 32;  // columns of a tile that pass through shared memory at a time
 constexpr int kChunks = kTile / kChunk;
+constexpr int kChunkStep = kThreads / kChunk;  // a thread visits rows t / 32 + 0, 4, ..., 60 of column t % 32 of a chunk
 
 CACR_DEVICE int tile_row(int r) { return thread_index() / kColStep * kRowsEach + r; }
 CACR_DEVICE int tile_col(int c) { return thread_index() % kColStep + c * kColStep; }
+
+// Tiles of the largest block of a problem, a row of tiles after the other.
+CACR_HD int tiles_of_block(const SpanTable& spans) {
+    const int longest = spans.n_text > spans.n_vision ? spans.n_text : spans.n_vision;
+    const int across = (longest + kTile - 1) / kTile;
+    return across * across;
+}
 
 struct alignas(16) Quad {
     float v[4];
@@ -81,14 +89,16 @@ CACR_DEVICE void put(float (&slice)[kDepth][kTile + 4], const float (&values)[kF
     }
 }
 
-CACR_DEVICE void multiply(const ProductSlices& slices, Accumulator& acc) {
+// The first `groups` times 16 columns of the tile: acc += A B^T of the slices.
+template <int groups>
+CACR_DEVICE void multiply_columns(const ProductSlices& slices, Accumulator& acc) {
     CACR_UNROLL_SOME
     for (int k = 0; k < kDepth; ++k) {
         const Quad* a = (const Quad*)&slices.a[k][tile_row(0)];
         const Quad low = a[0];
         const Quad high = a[1];
         CACR_UNROLL
-        for (int c = 0; c < kColsEach; ++c) {
+        for (int c = 0; c < groups; ++c) {
             const float b = slices.b[k][tile_col(c)];
             CACR_UNROLL
             for (int r = 0; r < 4; ++r) {
@@ -97,6 +107,21 @@ CACR_DEVICE void multiply(const ProductSlices& slices, Accumulator& acc) {
             }
         }
     }
+}
+
+// Groups of 16 columns that this warp computes of a tile of which only `rows` and `cols` lie in the matrix: none if all of
+// its 16 rows lie outside.
+CACR_DEVICE int groups_inside(int rows, int cols) {
+    if (thread_index() / kWarp * (kTile / kWarpsPerBlock) >= rows) return 0;
+    return cols < kTile ? (cols + kColStep - 1) / kColStep : kColsEach;
+}
+
+// One or two groups are computed as three: with a third variant some architectures spill. Elsewhere acc stays as it is.
+CACR_DEVICE void multiply(const ProductSlices& slices, int groups, Accumulator& acc) {
+    if (groups > 3)
+        multiply_columns<4>(slices, acc);
+    else if (groups > 0)
+        multiply_columns<3>(slices, acc);
 }
 
 // acc[i][j] += sum_{k < inner} A(row_start + i, k) B(col_start + j, k), with A and B read in their layouts; if centred,
@@ -119,7 +144,10 @@ CACR_DEVICE void product(const View<A>& a, const View<B>& b, int row_start, int 
             fetch<layout_a>(a, row_start, k + kDepth, next_a);
             fetch<layout_b, centred>(b, col_start, k + kDepth, next_b);
         }
-        multiply(slices, acc);
+        // once a slice: held in a register, it spills
+        const int groups = groups_inside((layout_a == Layout::plain ? a.rows : a.cols) - row_start,
+                                         (layout_b == Layout::plain ? b.rows : b.cols) - col_start);
+        multiply(slices, groups, acc);
     }
 }
 
@@ -138,14 +166,15 @@ CACR_DEVICE void put_chunk(Chunk& chunk, const Accumulator& acc) {
 // out[i][j] = acc for the elements of the tile inside [rows, cols].
 CACR_DEVICE void store_tile(float* out, int leading, int row_start, int col_start, int rows, int cols,
                             const Accumulator& acc) {
+    const int row = row_start + tile_row(0);
+    const int col = col_start + tile_col(0);
+    float* to = out + (i64)row * leading + col;
     CACR_UNROLL
     for (int r = 0; r < kRowsEach; ++r) {
-        const int row = row_start + tile_row(r);
         CACR_UNROLL
-        for (int c = 0; c < kColsEach; ++c) {
-            const int col = col_start + tile_col(c);
-            if (row < rows && col < cols) out[(i64)row * leading + col] = acc.v[r][c];
-        }
+        for (int c = 0; c < kColsEach; ++c)
+            if (row + r < rows && col + c * kColStep < cols) to[c * kColStep] = acc.v[r][c];
+        to += leading;
     }
 }
 

@@ -27,8 +27,8 @@ CACR_HD i64 backward_floats(const Problem& problem) {
 struct Workspace {
     float* base;   // after P and dP: what every kind has
     float* probs;  // kind softmax
-    i64 text;
-    i64 vision;
+    int text;
+    int vision;
 
     CACR_DEVICE Workspace(const Problem& problem, i64 floats_each, i64 slot, int score_sized) {
         text = problem.spans.n_text;
@@ -46,7 +46,7 @@ struct Workspace {
     // Backward: G_a = projection factor * dL/dX_a [n_a, n_a].
     CACR_DEVICE float* g(int side) const { return base + 4 * cross() + own_offset(side); }
     // Backward: dL/dS_aa through Y_a [n_a, n_a].
-    CACR_DEVICE float* target(int side) const { return g(side) + text * text + vision * vision; }
+    CACR_DEVICE float* target(int side) const { return g(side) + (i64)text * text + (i64)vision * vision; }
 
     // P of block [row_side, col_side].
     CACR_DEVICE float* prob(int row_side, int col_side) const {
@@ -54,14 +54,14 @@ struct Workspace {
     }
     // Backward: dL/dP.
     CACR_DEVICE float* grad_prob(int row_side, int col_side) const {
-        const i64 all = text + vision;
+        const i64 all = (i64)text + vision;
         return prob(row_side, col_side) + all * all;
     }
 
     // Leading dimension of matrices whose columns belong to a side.
-    CACR_DEVICE int columns(int side) const { return (int)(side ? vision : text); }
-    CACR_DEVICE i64 cross() const { return text * vision; }
-    CACR_DEVICE i64 own_offset(int side) const { return side ? text * text : 0; }
+    CACR_DEVICE int columns(int side) const { return side ? vision : text; }
+    CACR_DEVICE i64 cross() const { return (i64)text * vision; }
+    CACR_DEVICE i64 own_offset(int side) const { return side ? (i64)text * text : 0; }
 };
 
 CACR_DEVICE Workspace forward_workspace(const Problem& problem, i64 slot) {

@@ -133,13 +133,25 @@ struct RowGrad {
     T dx, dy;
 };
 
+// RowNumbers with reciprocals in place of the sums: every element of a row needs them.
 template <typename T>
-CACR_HD RowGrad<T> row_grad(const RowNumbers<T>& r, T x, T y) {
+struct RowScales {
+    T max_x, inverse_x, max_y, inverse_y;
+    T mean_p, mean_q;
+};
+
+template <typename T>
+CACR_HD RowScales<T> row_scales(const RowNumbers<T>& r) {
+    return {r.max_x, T(1) / r.sum_x, r.max_y, T(1) / r.sum_y, r.mean_p, r.mean_q};
+}
+
+template <typename T>
+CACR_HD RowGrad<T> row_grad(const RowScales<T>& r, T x, T y) {
     const T u = x - r.max_x;
     const T v = y - r.max_y;
     const T d = u - v;
-    const T p = exp_of(u) / r.sum_x;
-    const T q = exp_of(v) / r.sum_y;
+    const T p = exp_of(u) * r.inverse_x;
+    const T q = exp_of(v) * r.inverse_y;
     RowGrad<T> g;
     g.dx = p * (d - r.mean_p) + (p - q);
     g.dy = -q * (d - r.mean_q) - (p - q);

@@ -80,6 +80,12 @@ class Emulation:
     def configure(self, seed, skipped_barrier=""):
         self.controls.cacr_emulation_configure(ctypes.c_ulonglong(seed), skipped_barrier.encode())
 
+    def launches(self):
+        return self.controls.cacr_emulation_launches()
+
+    def largest_y(self):
+        return self.controls.cacr_emulation_largest_y()
+
     def barriers(self):
         return self.controls.cacr_emulation_barriers().decode().split()
 
@@ -323,6 +329,19 @@ def test_offsets_beyond_32_bits(device):
     expected, (expected_gradient,) = forward_and_backward([attn.clone()], (None, 0, 2, 2, 3, "scores", *OPTIONS))
     assert torch.equal(loss, expected)
     assert torch.equal(gradient, expected_gradient)
+
+
+def test_only_axis_x_grows_with_the_square_of_the_tokens(emulated):
+    """Axis y ends at 65,535 blocks: 256 x 256 tiles are more. The bounds of the spans size the launches."""
+    attn = make_scores(640, 20, seed=1)
+    forward_and_backward([attn], problem_of([[0, 3, 640, 5]], "scores", (640, 20), "cpu"))
+    assert emulated.largest_y() <= -(-660 // 16)
+
+
+@pytest.mark.parametrize(("n_vision", "launches"), [(5, 4), (4, 5)])
+def test_gradients_are_filled_first_only_if_spans_leave_something(emulated, n_vision, launches):
+    loss_and_gradients(lambda x: cuda(x, 4, n_vision=n_vision), make_scores(4, 5))
+    assert emulated.launches() == launches  # forward, loss, [fill], rows, blocks
 
 
 def test_no_order_of_threads_and_blocks_changes_a_bit(device, emulated_order):

@@ -93,7 +93,7 @@ static void check_state(const char* what, const RowState<T>& s, const std::vecto
     close(what, row_loss(s), want.loss, unit, 2 * unit);
     close(what, numbers.mean_p - numbers.mean_q, want.loss, unit, 2 * unit);
     for (size_t j = 0; j < x.size(); ++j) {
-        const RowGrad<T> g = row_grad(numbers, x[j], y[j]);
+        const RowGrad<T> g = row_grad(row_scales(numbers), x[j], y[j]);
         close(what, g.dx, want.dx[j], unit, 2 * unit);
         close(what, g.dy, want.dy[j], unit, 2 * unit);
     }
@@ -142,7 +142,7 @@ static void check_rows(double eps) {
     const std::vector<T> same = {(T)-3, (T)1.25, (T)0.5, (T)-40};
     const RowState<T> s = walk<T>(same, same, 0, 4, 2, (T)-3, (T)-3);
     check(row_loss(s) == 0, "equal rows", (double)row_loss(s), 0);
-    const RowGrad<T> g = row_grad(row_finish(s), same[1], same[1]);
+    const RowGrad<T> g = row_grad(row_scales(row_finish(s)), same[1], same[1]);
     check(g.dx == 0 && g.dy == 0, "equal rows, gradient", (double)g.dx, 0);
 }
 

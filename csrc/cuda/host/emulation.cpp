@@ -34,6 +34,8 @@ struct Settings {
     std::string skipped;  // barrier site that does nothing
     std::set<std::string> sites;
     std::string error;
+    int launches = 0;
+    int largest_y = 0;  // of the grids launched
 } settings;
 
 struct Block {
@@ -152,6 +154,8 @@ void* shared_memory(size_t bytes) {
 
 int run_grid(i64 x, int y, int z, int threads, const std::function<void()>& body) {
     settings.error.clear();
+    ++settings.launches;
+    settings.largest_y = std::max(settings.largest_y, y);
     if (x < 1 || y < 1 || z < 1 || y > 65535 || z > 65535 || threads % kLanes) fail("invalid launch");
     std::vector<i64> order((size_t)(settings.error.empty() ? x * y * z : 0));
     for (size_t i = 0; i < order.size(); ++i) order[i] = (i64)i;
@@ -180,10 +184,19 @@ int cacr_device_count_cuda(const char** reason) {
 
 }  // namespace cacr
 
-// Order of threads and blocks from now on, and the barrier ("file:line") that shall do nothing ("" for none).
+// Order of threads and blocks from now on, and the barrier ("file:line") that shall do nothing ("" for none); counts begin.
 extern "C" __attribute__((visibility("default"))) void cacr_emulation_configure(unsigned long long seed, const char* skipped_barrier) {
     cacr::emulation::settings.random.seed(seed);
     cacr::emulation::settings.skipped = skipped_barrier;
+    cacr::emulation::settings.launches = cacr::emulation::settings.largest_y = 0;
+}
+
+// Kernels launched so far, and the largest axis y of their grids.
+extern "C" __attribute__((visibility("default"))) int cacr_emulation_launches() {
+    return cacr::emulation::settings.launches;
+}
+extern "C" __attribute__((visibility("default"))) int cacr_emulation_largest_y() {
+    return cacr::emulation::settings.largest_y;
 }
 
 // The barriers met so far, "file:line" joined by newlines.
