@@ -218,7 +218,9 @@ def _run(
     parse_reduction(reduction)
     check_choice("backend", backend, ("auto", *BACKENDS))
     x = inputs[0]
-    wide = variant == "qk" and x.shape[-1] > LARGEST_HEAD
+    wide = False
+    if variant == "qk" and x.shape[-1] > LARGEST_HEAD:  # a branch: a comparison of traced sizes is no constant
+        wide = True
     chosen = choose(backend, variant, x.device.type, x.device.index, x.dtype, wide)
     if chosen != "reference":
         if chosen == "cpu" and reduction == "mean" and not torch.compiler.is_compiling():

@@ -16,7 +16,7 @@ Sides = Literal["both", "text", "vision"]
 StopGradient = Literal["none", "target", "projection"]
 
 #: numbers kept per attention row for the backward: m_x, l_x, m_y, l_y, E_p[d], E_q[d], cross row max, cross row sum
-#: (Triton from q and k: E_p[d] - E_q[d] in place of E_q[d])
+#: (Triton from q and k: 1 / l in place of each sum l, E_p[d] - E_q[d] in place of E_q[d])
 ROW_NUMBERS = 8
 
 

@@ -68,6 +68,7 @@ class Case:
     dtype: str
     kind: str
     unit: bool = True
+    ragged: bool = True
     entry: Launch | None = None
 
     @property
@@ -80,7 +81,7 @@ class Case:
         return self.entry is not None or key in MEASURED.get(family(self.arch), {})
 
     def __str__(self) -> str:
-        layout = "" if self.unit else " strided"
+        layout = ("" if self.unit else " strided") + ("" if self.ragged else " equal spans")
         return f"{self.kernel:14s} sm_{self.arch:<4d} {self.dtype:9s} {self.kind}{layout}"
 
 
@@ -172,18 +173,20 @@ def inspect(compiled: Any) -> Report:
 def compile_case(case: Case) -> Report:
     kernel, flags = KERNELS[case.kernel]
     attn = torch.empty(2, 3, 160, 160, dtype=getattr(torch, case.dtype), device="meta")
-    table = torch.empty(2, 4, dtype=torch.int32, device="meta")
+    table = torch.empty(2, 4, dtype=torch.int32, device="meta") if case.ragged else None
     problem = Problem([attn if case.unit else attn.mT], Spans(0, 60, 60, 100, table), Options(kind=case.kind))  # type: ignore[arg-type]
     entry = case.launch
     constants = {"KIND": case.kind, "DOT": plan(case.arch, case.dtype).dot, "UNIT": case.unit, **flags, **entry.blocks}
     named = {name: value for name, value in constants.items() if name in kernel.arg_names}
     args = tuple(argument(problem, case.dtype, name) for name in kernel.arg_names if name not in named)
-    options = {"num_warps": entry.num_warps, "num_stages": entry.num_stages, "enable_fp_fusion": True}
-    return inspect(compile_launch(kernel, args, {**named, **options}, case.arch))
+    return inspect(compile_launch(kernel, args, {**named, **entry.options(case.kind)}, case.arch))
 
 
 def cases(architectures: list[int], dtypes: list[str], kernels: list[str], kinds: list[str]) -> Iterator[Case]:
-    """The matrix: contiguous columns for every kind, strided ones once. ``numbers`` exists for kind "softmax" only."""
+    """The matrix: contiguous columns for every kind; strided ones and equal spans once.
+
+    ``numbers`` exists for kind "softmax" only.
+    """
     for arch in architectures:
         for dtype in dtypes:
             for kernel in kernels:
@@ -191,6 +194,7 @@ def cases(architectures: list[int], dtypes: list[str], kernels: list[str], kinds
                     yield Case(kernel, arch, dtype, kind)
                 if "scores" in kinds and kernel != "numbers":
                     yield Case(kernel, arch, dtype, "scores", unit=False)
+                    yield Case(kernel, arch, dtype, "scores", ragged=False)
 
 
 def table_cases(file: Path, kinds: list[str]) -> Iterator[Case]:
@@ -206,6 +210,7 @@ QUICK = (
     Case("forward_128", 86, "float32", "scores"),
     Case("forward_64", 90, "bfloat16", "softmax"),
     Case("rows_128", 80, "float32", "probs"),
+    Case("rows_128", 90, "bfloat16", "scores", ragged=False),
     Case("rows_64", 100, "float16", "scores"),
     Case("cross_128", 90, "float32", "scores"),
     Case("cross_64", 86, "bfloat16", "softmax"),

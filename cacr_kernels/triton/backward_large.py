@@ -16,6 +16,7 @@ import triton.language as tl
 
 from .common import (
     UNSPECIALIZED,
+    SpanArgs,
     dot,
     inside_tile,
     load_factor,
@@ -26,8 +27,9 @@ from .common import (
     open_side,
     open_u,
     open_v,
-    plain_problem,
+    plain_blocks,
     plain_scaling,
+    plain_spans,
     plain_work,
     store_tile,
 )
@@ -60,7 +62,8 @@ def large_g_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """G = scale grad_loss dX of one side, one tile [I, J] a program."""
-    tt, tv, vt, vv, spans = plain_problem(tt, tv, vt, vv, spans)
+    tt, tv, vt, vv = plain_blocks(tt, tv, vt, vv)
+    spans = SpanArgs(spans.table, *plain_spans(spans))
     scaling = plain_scaling(scaling)
     work = plain_work(work)
     i_problem = tl.program_id(0) // n_tiles
@@ -101,7 +104,8 @@ def large_v_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """V = G F [n_a, n_b] of one side, one tile [I, C] a program."""
-    tt, tv, vt, vv, spans = plain_problem(tt, tv, vt, vv, spans)
+    tt, tv, vt, vv = plain_blocks(tt, tv, vt, vv)
+    spans = SpanArgs(spans.table, *plain_spans(spans))
     work = plain_work(work)
     i_problem = tl.program_id(0) // n_tiles
     i_tile = tl.program_id(0) % n_tiles
@@ -157,7 +161,8 @@ def large_cross_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """dS_ab of one side from dF, tiles [J, C]. Kind "softmax": P (dF - rowsum(P dF)), whole rows in one program."""
-    tt, tv, vt, vv, spans = plain_problem(tt, tv, vt, vv, spans)
+    tt, tv, vt, vv = plain_blocks(tt, tv, vt, vv)
+    spans = SpanArgs(spans.table, *plain_spans(spans))
     work = plain_work(work)
     i_problem = tl.program_id(0) // n_tiles
     i_tile = tl.program_id(0) % n_tiles
@@ -228,7 +233,8 @@ def large_own_kernel(
 
     dS'_aa = F_b^T V_b, with F_b = S_ba [n_b, n_a] and V_b [n_b, n_a] of the other side. One rounding after the sum.
     """
-    tt, tv, vt, vv, spans = plain_problem(tt, tv, vt, vv, spans)
+    tt, tv, vt, vv = plain_blocks(tt, tv, vt, vv)
+    spans = SpanArgs(spans.table, *plain_spans(spans))
     scaling = plain_scaling(scaling)
     work = plain_work(work)
     n_text_tiles = tl.cdiv(spans.n_text, BLOCK_I)

@@ -119,8 +119,8 @@ def plain_block(block):
 
 @triton.jit
 def plain_spans(spans):
-    return SpanArgs(
-        spans.table,
+    """The ints of SpanArgs; its table may be None, which Triton 3.6 cannot return from a function."""
+    return (
         plain(spans.text_start),
         plain(spans.n_text),
         plain(spans.vision_start),
@@ -132,8 +132,8 @@ def plain_spans(spans):
 
 
 @triton.jit
-def plain_problem(tt, tv, vt, vv, spans):
-    return plain_block(tt), plain_block(tv), plain_block(vt), plain_block(vv), plain_spans(spans)
+def plain_blocks(tt, tv, vt, vv):
+    return plain_block(tt), plain_block(tv), plain_block(vt), plain_block(vv)
 
 
 @triton.jit

@@ -8,7 +8,7 @@ MEASURED holds the entries that a GPU chose, of the scores and of the query/key 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 #: longest spans of the small path's buckets, whose kernels hold rows of that length whole
 BUCKETS = (64, 128)
@@ -17,11 +17,17 @@ SMALL = BUCKETS[-1]
 
 @dataclass(frozen=True)
 class Launch:
-    """Tile sizes, warps and pipeline stages of one kernel."""
+    """Tile sizes, warps and pipeline stages of one kernel; ``registers``: at most so many a thread (None: no cap)."""
 
     blocks: dict[str, int]
     num_warps: int = 4
     num_stages: int = 1
+    registers: int | None = None
+
+    def options(self, kind: str) -> dict[str, Any]:
+        """What Triton is told beside the tile sizes. Kind "softmax" is not capped: its programs hold more."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        return options if self.registers is None or kind == "softmax" else options | {"maxnreg": self.registers}
 
 
 #: the kernels that compute tiles of X
@@ -31,9 +37,11 @@ FORMS_X = (
 )
 
 
-def launch(i: int = 0, j: int = 0, c: int = 0, k: int = 0, warps: int = 4, stages: int = 1) -> Launch:
+def launch(
+    i: int = 0, j: int = 0, c: int = 0, k: int = 0, warps: int = 4, stages: int = 1, registers: int | None = None
+) -> Launch:
     sizes = {"BLOCK_I": i, "BLOCK_J": j, "BLOCK_C": c, "BLOCK_K": k}
-    return Launch({name: size for name, size in sizes.items() if size}, warps, stages)
+    return Launch({name: size for name, size in sizes.items() if size}, warps, stages, registers)
 
 
 class Key(NamedTuple):
@@ -53,17 +61,21 @@ class Plan:
     kernels: dict[str, Launch] = field(default_factory=dict)
 
 
-def kernels(small: int, k: int, large: int, warps: int) -> dict[str, Launch]:
+def kernels(
+    small: int, k: int, large: int, warps: int, caps: tuple[int | None, int | None] = (160, 128)
+) -> dict[str, Launch]:
     """Kernels that compare rows want few rows or 32 x 32 tiles (registers), plain products ``large`` ones.
 
     Dots in chunks of ``small`` numbers where rows are held whole, elsewhere of ``k``. All kernels that form X form it
     bit for bit alike, since rows near one-hot amplify a difference between forward and backward: with the same chunks,
-    and with fewer than 64 rows a tile, which keeps Hopper and Blackwell to one instruction.
+    and with fewer than 64 rows a tile, which keeps Hopper and Blackwell to one instruction. ``caps``: registers of the
+    small kernels by bucket, so that 12 or 16 warps share a multiprocessor, where 8 would wait for memory together.
     """
     found = {}
-    for bucket, threads in zip(BUCKETS, (4, 8)):
-        for name in ("forward", "rows", "cross", "own"):
-            found[f"{name}_{bucket}"] = launch(i=16, c=32, k=small, warps=threads)
+    for bucket, threads, cap in zip(BUCKETS, (4, 8), caps):
+        for name in ("forward", "rows", "cross"):
+            found[f"{name}_{bucket}"] = launch(i=16, c=32, k=small, warps=threads, registers=cap)
+        found[f"own_{bucket}"] = launch(i=16, c=32, k=small, warps=threads)
     return found | {
         "numbers": launch(i=16, j=128),
         "project": launch(i=large, c=large, k=k, warps=warps),
@@ -78,6 +90,7 @@ def kernels(small: int, k: int, large: int, warps: int) -> dict[str, Launch]:
 #: float32: multiply-adds where shared memory is scarce, three tf32 products elsewhere; 16-bit: bfloat16 products
 IEEE = Plan("ieee", kernels(16, 16, 64, 8))
 TF32X3 = Plan("tf32x3", kernels(32, 16, 64, 8))
+TF32X3_FREE = Plan("tf32x3", kernels(32, 16, 64, 8, caps=(None, None)))
 SPLIT = Plan("split", kernels(32, 32, 64, 8))
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -87,7 +100,7 @@ TABLE: dict[int, dict[str, Plan]] = {
     86: {"float32": IEEE, "float16": SPLIT, "bfloat16": SPLIT},
     89: {"float32": IEEE, "float16": SPLIT, "bfloat16": SPLIT},
     90: {"float32": TF32X3, "float16": SPLIT, "bfloat16": SPLIT},
-    100: {"float32": TF32X3, "float16": SPLIT, "bfloat16": SPLIT},
+    100: {"float32": TF32X3_FREE, "float16": SPLIT, "bfloat16": SPLIT},
 }
 
 #: tile sizes of each kernel

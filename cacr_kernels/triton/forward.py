@@ -10,7 +10,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import load_spans, load_tile, open_side, open_u, plain_problem, plain_scaling, plain_work, row_tile
+from .common import (
+    SpanArgs,
+    load_spans,
+    load_tile,
+    open_side,
+    open_u,
+    plain_blocks,
+    plain_scaling,
+    plain_spans,
+    plain_work,
+    row_tile,
+)
 from .products import projected_tile
 from .rows import rows_finish, rows_start, rows_update, side_scale, store_rows, target_logits
 
@@ -36,7 +47,8 @@ def large_forward_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """Loss and row numbers of one tile of rows of one side."""
-    tt, tv, vt, vv, spans = plain_problem(tt, tv, vt, vv, spans)
+    tt, tv, vt, vv = plain_blocks(tt, tv, vt, vv)
+    spans = SpanArgs(spans.table, *plain_spans(spans))
     scaling = plain_scaling(scaling)
     work = plain_work(work)
     i_problem, is_text, i = row_tile(spans, BLOCK_I)
@@ -55,7 +67,7 @@ def large_forward_kernel(
             b_x = projected_tile(side, m_u, i, j, KIND, DOT, UNIT, BLOCK_I, BLOCK_J, BLOCK_K) * scale
             b_y = target_logits(load_tile(side.own, i, j, BLOCK_I, BLOCK_J, UNIT, DOT), KIND)
             m_x, l_x, s_x, m_y, l_y, s_y, c = rows_update(
-                m_x, l_x, s_x, m_y, l_y, s_y, c, b_x, b_y, (o_j < side.n_a)[None, :], False
+                m_x, l_x, s_x, m_y, l_y, s_y, c, b_x, b_y, 1.0, (o_j < side.n_a)[None, :], False
             )
         b_loss, e_p, e_q = rows_finish(l_x, s_x, l_y, s_y, c)
         total += tl.sum(tl.where(o_i < side.n_a, b_loss, 0.0)) * weight

@@ -70,8 +70,7 @@ class Problem:
         """Launch ``kernel`` as the table says for ``name``, on ``programs`` programs a problem."""
         entry = self.plan.kernels[name]
         kernel[(self.count * programs,)](
-            *self.blocks, self.spans, *args, **self.flags, **flags, **entry.blocks,
-            num_warps=entry.num_warps, num_stages=entry.num_stages, enable_fp_fusion=True,
+            *self.blocks, self.spans, *args, **self.flags, **flags, **entry.blocks, **entry.options(self.kind)
         )  # fmt: skip
 
     def block(self, name: str, axis: str) -> int:

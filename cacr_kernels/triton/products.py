@@ -10,7 +10,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import dot, load_factor, load_tile, open_side, open_u, plain_problem, plain_work, row_tile, store_tile
+from .common import (
+    SpanArgs,
+    dot,
+    load_factor,
+    load_tile,
+    open_side,
+    open_u,
+    plain_blocks,
+    plain_spans,
+    plain_work,
+    row_tile,
+    store_tile,
+)
 
 
 @triton.jit
@@ -90,7 +102,8 @@ def numbers_kernel(
     BLOCK_J: tl.constexpr,
 ):
     """Kind "softmax": maxima and sums of exp of one tile of rows, of its own and of its cross block."""
-    tt, tv, vt, vv, spans = plain_problem(tt, tv, vt, vv, spans)
+    tt, tv, vt, vv = plain_blocks(tt, tv, vt, vv)
+    spans = SpanArgs(spans.table, *plain_spans(spans))
     i_problem, is_text, i = row_tile(spans, BLOCK_I)
     side = open_side(tt, tv, vt, vv, spans, stats, i_problem, n_heads, is_text)
     n_bound = tl.where(is_text, spans.n_text, spans.n_vision)
@@ -119,7 +132,8 @@ def project_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """Large spans: U = F S_bb [n_a, n_b] of one side, one tile a program."""
-    tt, tv, vt, vv, spans = plain_problem(tt, tv, vt, vv, spans)
+    tt, tv, vt, vv = plain_blocks(tt, tv, vt, vv)
+    spans = SpanArgs(spans.table, *plain_spans(spans))
     work = plain_work(work)
     i_problem = tl.program_id(0) // n_tiles
     i_tile = tl.program_id(0) % n_tiles

@@ -37,12 +37,13 @@ _VARIANTS = ("SQUARE", "COLUMNS")
 
 @dataclass(frozen=True)
 class Case:
-    """One configuration of the host functions; ragged, so that spans come from a table."""
+    """One configuration of the host functions. ``ragged``: spans come from a table."""
 
     arch: int
     dtype: str
     d: int
     kind: str
+    ragged: bool = True
     #: of a file; none of them: the built-in table
     entries: tuple[tuple[Key, Launch], ...] = ()
 
@@ -54,15 +55,19 @@ class Case:
         return bool(self.entries) or any((key.variant, key.dtype, key.head_size) == size for key in builtin)
 
 
-#: cases that start every kernel, on the chip with the least shared memory
-QUICK = [Case(86, "float32", 64, "scores"), Case(86, "float16", 64, "softmax")]
+#: cases that start every kernel, on the chip with the least shared memory; and equal spans
+QUICK = [
+    Case(86, "float32", 64, "scores"),
+    Case(86, "float16", 64, "softmax"),
+    Case(90, "bfloat16", 64, "scores", ragged=False),
+]
 
 
 def launches(case: Case) -> dict[str, Recorded]:
     """Every launch of one forward and backward by name: kernel, arguments, constexpr and options."""
     q = torch.empty(2, 4, 256, case.d, dtype=getattr(torch, case.dtype), device="meta")
     k = torch.empty(2, 2, 256, case.d, dtype=q.dtype, device="meta")
-    table = torch.empty(2, 4, dtype=torch.int32, device="meta")
+    table = torch.empty(2, 4, dtype=torch.int32, device="meta") if case.ragged else None
     problem = (Spans(0, 128, 0, 128, table), Options(kind=case.kind))  # type: ignore[arg-type]
     with (
         trying(dict(case.entries)) if case.entries else nullcontext(),
@@ -118,7 +123,7 @@ def table_cases(file: Path, kinds: list[str]) -> Iterator[Case]:
             found.setdefault(named, {})[entry.key] = entry.launch
     for (_, arch, dtype, d), entries in found.items():
         for kind in kinds:
-            yield Case(arch, dtype, d, kind, tuple(entries.items()))
+            yield Case(arch, dtype, d, kind, entries=tuple(entries.items()))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -127,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", nargs="*", default=list(DTYPES), choices=DTYPES)
     parser.add_argument("--head-size", type=int, nargs="*", default=list(HEAD_SIZES))
     parser.add_argument("--kind", nargs="*", default=list(KINDS), choices=KINDS)
-    parser.add_argument("--quick", action="store_true", help="two cases that start every kernel")
+    parser.add_argument("--quick", action="store_true", help="a few cases that start every kernel")
     parser.add_argument("--table", type=Path, metavar="FILE", help="entries of a launch table, not the built-in ones")
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args(argv)

@@ -10,7 +10,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import plain_spans
+from .common import (
+    SpanArgs,
+    plain_spans,
+)
 from .qk_tiles import narrow, open_head, open_rows, rows_times_matrix
 
 
@@ -37,7 +40,7 @@ def qk_finish_q_kernel(
     UPCAST: tl.constexpr,
 ):
     """grad_q = dX^T U + c dY K_a + dU_a M_a^T + K_a dC_a for BLOCK_M positions of one query head."""
-    spans = plain_spans(spans)
+    spans = SpanArgs(spans.table, *plain_spans(spans))
     i_bh = tl.program_id(0).to(tl.int64)
     i_b = i_bh // heads
     first = tl.program_id(1) * BLOCK_M
@@ -89,7 +92,7 @@ def qk_finish_k_kernel(
     UPCAST: tl.constexpr,
 ):
     """grad_k = sum of c dY^T Q_a + Q_a dC_a^T + K_a (dW_a + dW_a^T) over the query heads of one key head, in order."""
-    spans = plain_spans(spans)
+    spans = SpanArgs(spans.table, *plain_spans(spans))
     i_bk = tl.program_id(0).to(tl.int64)
     i_b = i_bk // key_heads
     i_k = i_bk % key_heads

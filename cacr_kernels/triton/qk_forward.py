@@ -13,14 +13,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import plain_spans
-from .qk_tiles import first_row, open_head, open_rows, operand, rows_dot
-from .rows import rows_finish, rows_start, rows_update
+from .common import (
+    SpanArgs,
+    plain_spans,
+)
+from .qk_tiles import first_row, load_tokens, open_head, open_rows, operand, rows_dot
+from .rows import rows_advance, rows_finish, rows_start, rows_update
 
 
 @triton.jit
 def store_rows(stats, spans, i_bh, is_text, o_m, mask_m, m_x, l_x, s_x, m_y, l_y, s_y, c, SOFTMAX: tl.constexpr):
-    """The numbers of a tile of rows, 0 beyond the span up to the spans' bound: m_x, l_x, m_y, l_y, E_p[d], KL.
+    """The numbers of a tile of rows, 0 beyond the span up to the spans' bound: m_x, 1 / l_x, m_y, 1 / l_y, E_p[d], KL.
 
     KL and not E_q[d]: the difference of two rounded expectations would lose the loss of nearly uniform rows. For kind
     "softmax" the cross block's maxima and sums of exp are there already.
@@ -29,15 +32,34 @@ def store_rows(stats, spans, i_bh, is_text, o_m, mask_m, m_x, l_x, s_x, m_y, l_y
     mask = o_m < tl.where(is_text, spans.n_text, spans.n_vision)
     p = stats + i_bh * 8 * rows + tl.where(is_text, 0, spans.n_text) + o_m
     tl.store(p, tl.where(mask_m, m_x, 0.0), mask=mask)
-    tl.store(p + rows, tl.where(mask_m, l_x, 0.0), mask=mask)
+    tl.store(p + rows, tl.where(mask_m, 1.0 / l_x, 0.0), mask=mask)
     tl.store(p + 2 * rows, tl.where(mask_m, m_y, 0.0), mask=mask)
-    tl.store(p + 3 * rows, tl.where(mask_m, l_y, 0.0), mask=mask)
+    tl.store(p + 3 * rows, tl.where(mask_m, 1.0 / l_y, 0.0), mask=mask)
     b_loss, e_p, _ = rows_finish(l_x, s_x, l_y, s_y, c)
     tl.store(p + 4 * rows, tl.where(mask_m, e_p * 0.6931471805599453, 0.0), mask=mask)
     tl.store(p + 5 * rows, tl.where(mask_m, b_loss * 0.6931471805599453, 0.0), mask=mask)
     if not SOFTMAX:
         tl.store(p + 6 * rows, tl.zeros_like(m_x), mask=mask)
         tl.store(p + 7 * rows, tl.zeros_like(m_x), mask=mask)
+
+
+@triton.jit
+def logits_tile(
+    q, k, p_q, p_k, i_n, n, b_u, b_u_lo, b_exp, b_q_rows, b_first,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+    PAIR: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """(X, Y / (c log2(e))) of one tile [M, N] from column i_n: X = U (Q - 1 q)^T, q only for float32; Y = Q K^T."""
+    b_q = operand(load_tokens(p_q, q.s_r, q.s_c, i_n, n, D, BLOCK_D, BLOCK_N, MASKED), UPCAST)
+    b_k = operand(load_tokens(p_k, k.s_r, k.s_c, i_n, n, D, BLOCK_D, BLOCK_N, MASKED), UPCAST)
+    if not PAIR:
+        b_q -= b_first[None, :]
+    b_x = rows_dot(b_u, b_q, None, False, PRECISION)
+    if PAIR:
+        b_x = rows_dot(b_u_lo, b_q, b_x, False, PRECISION)
+    if SCALED:
+        b_x *= b_exp[:, None]
+    return b_x, rows_dot(b_q_rows, b_k, None, False, PRECISION)
 
 
 @triton.jit(do_not_specialize=["n_tokens", "heads", "group", "tiles_text"])
@@ -62,9 +84,13 @@ def qk_forward_kernel(
     SCALED: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
+    PEEL: tl.constexpr,
 ):
-    """The six numbers of BLOCK_M rows of one side."""
-    spans = plain_spans(spans)
+    """The six numbers of BLOCK_M rows of one side. PEEL: the first and the last tile are code of their own.
+
+    Fewer instructions a tile then, and more registers.
+    """
+    spans = SpanArgs(spans.table, *plain_spans(spans))
     i_bh = tl.program_id(0).to(tl.int64)
     i_tile = tl.program_id(1)
     i_b = i_bh // heads
@@ -86,30 +112,43 @@ def qk_forward_kernel(
     b_u = operand(tl.load(u_hi + o_u, mask=mask_md, other=0.0), UPCAST)
     if PAIR:
         b_u_lo = operand(tl.load(u_lo + o_u, mask=mask_md, other=0.0), UPCAST)
+    else:
+        b_u_lo = b_u
     if SCALED:
         b_exp = tl.load(u_exp + i_bh * n_tokens + start + o_m, mask=mask_m, other=1.0)
-
-    if not PAIR:
-        b_first = first_row(p_q, q.s_c, n, D, BLOCK_D)
-    m_x, l_x, s_x, m_y, l_y, s_y, c = rows_start(BLOCK_M)
-    for i_n in range(0, tl.where(first < n, n, 0), BLOCK_N):
-        o_n = i_n + tl.arange(0, BLOCK_N)
-        mask_n = o_n < n
-        mask_nd = mask_n[:, None] & mask_d[None, :]
-        o_n = o_n.to(tl.int64)
-        b_q = operand(tl.load(p_q + o_n[:, None] * q.s_r + o_d[None, :] * q.s_c, mask=mask_nd, other=0.0), UPCAST)
-        b_k = operand(tl.load(p_k + o_n[:, None] * k.s_r + o_d[None, :] * k.s_c, mask=mask_nd, other=0.0), UPCAST)
-        if not PAIR:
-            b_q -= b_first[None, :]
-        b_x = rows_dot(b_u, b_q, None, False, PRECISION)
-        if PAIR:
-            b_x = rows_dot(b_u_lo, b_q, b_x, False, PRECISION)
-        if SCALED:
-            b_x *= b_exp[:, None]
-        b_y = rows_dot(b_q_rows, b_k, None, False, PRECISION)
-        m_x, l_x, s_x, m_y, l_y, s_y, c = rows_update(
-            m_x, l_x, s_x, m_y, l_y, s_y, c, b_x, b_y * y_scale, mask_n[None, :], True
-        )
+    else:
+        b_exp = tl.zeros([BLOCK_M], tl.float32)
+    b_first = first_row(p_q, q.s_c, n, D, BLOCK_D)
+    # c y = |c| (sign(c) y): see rows_update
+    b_q_rows *= tl.where(y_scale < 0, -1.0, 1.0).to(b_q_rows.dtype)
+    y_scale = tl.abs(y_scale)
+    rows = rows_start(BLOCK_M)
+    i_1 = tl.where(first < n, n, 0)  # end of the columns that rows_update takes in
+    if PEEL:
+        i_1 = tl.minimum(i_1, BLOCK_N)
+    for i_n in range(0, i_1, BLOCK_N):
+        b_x, b_y = logits_tile(
+            q, k, p_q, p_k, i_n, n, b_u, b_u_lo, b_exp, b_q_rows, b_first,
+            D, BLOCK_D, BLOCK_N, True, PAIR, SCALED, PRECISION, UPCAST,
+        )  # fmt: skip
+        inside = (i_n + tl.arange(0, BLOCK_N) < n)[None, :]
+        rows = rows_update(*rows, b_x, b_y, y_scale, inside, True)
+    if PEEL:
+        whole = n // BLOCK_N * BLOCK_N
+        for i_n in range(BLOCK_N, tl.where(first < n, whole, 0), BLOCK_N):
+            b_x, b_y = logits_tile(
+                q, k, p_q, p_k, i_n, n, b_u, b_u_lo, b_exp, b_q_rows, b_first,
+                D, BLOCK_D, BLOCK_N, False, PAIR, SCALED, PRECISION, UPCAST,
+            )  # fmt: skip
+            rows = rows_advance(*rows, b_x, b_y, y_scale, None, False)
+        if (first < n) & (whole > 0) & (whole < n):
+            b_x, b_y = logits_tile(
+                q, k, p_q, p_k, whole, n, b_u, b_u_lo, b_exp, b_q_rows, b_first,
+                D, BLOCK_D, BLOCK_N, True, PAIR, SCALED, PRECISION, UPCAST,
+            )  # fmt: skip
+            inside = (whole + tl.arange(0, BLOCK_N) < n)[None, :]
+            rows = rows_advance(*rows, b_x, b_y, y_scale, inside, True)
+    m_x, l_x, s_x, m_y, l_y, s_y, c = rows
     store_rows(stats, spans, i_bh, is_text, o_m, mask_m, m_x, l_x, s_x, m_y, l_y, s_y, c, False)
 
 
@@ -125,7 +164,7 @@ def qk_loss_kernel(
     ROW_MEAN: tl.constexpr,
 ):
     """loss = sum over sides of the rows' KL, in a fixed order; NaN for an example with invalid spans."""
-    spans = plain_spans(spans)
+    spans = SpanArgs(spans.table, *plain_spans(spans))
     i_bh = tl.program_id(0).to(tl.int64)
     rows = spans.n_text + spans.n_vision
     _, n_text, n_vision, valid = open_rows(spans, i_bh // heads, True)

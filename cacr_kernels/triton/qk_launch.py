@@ -21,7 +21,8 @@ GRAM_CHUNK = 1024
 class Launch(NamedTuple):
     """``m`` rows x ``n`` columns a tile; ``precision`` of the dots of float32 operands.
 
-    ``k``: chunk of a long contraction, ``o``: output columns of one program ("wide").
+    ``k``: chunk of a long contraction, ``o``: output columns of one program ("wide"). ``peel``: the tiles that need
+    masks are code of their own ("forward", "rows", "columns").
     """
 
     m: int
@@ -31,6 +32,7 @@ class Launch(NamedTuple):
     precision: str = "tf32x3"
     k: int = 32
     o: int = 64
+    peel: bool = False
 
     def replaced(self, entry: configs.Launch) -> Launch:
         """These dots with the tiles, warps and stages of an entry."""
@@ -79,7 +81,7 @@ _HOPPER_FLOAT16 = {
 }
 _HOPPER_32 = {
     "forward": {32: (32, 64, 4, 2), 64: (32, 64, 8, 2), 128: (32, 16, 8, 1)},
-    "rows": {32: (32, 32, 4, 2), 64: (32, 64, 8, 2), 128: (16, 32, 8, 1)},
+    "rows": {32: (16, 32, 4, 2), 64: (32, 64, 8, 2), 128: (16, 32, 8, 1)},
     "columns": {32: (32, 32, 4, 2), 64: (64, 32, 8, 2), 128: (32, 16, 8, 1)},
 }
 #: Blackwell's tensor-core instructions keep more of a tile in registers
@@ -87,6 +89,12 @@ _BLACKWELL_16, _BLACKWELL_FLOAT16 = (
     {**tiles, "columns": tiles["columns"] | {32: (64, 64, 8, 2), 64: (64, 64, 8, 2)}}
     for tiles in (_HOPPER_16, _HOPPER_FLOAT16)
 )
+#: largest head size for which peeled tiles leave enough registers, on Hopper
+_PEELED = {
+    torch.bfloat16: {"forward": 128, "rows": 128, "columns": 64},
+    torch.float16: {"forward": 128, "rows": 128, "columns": 32},
+    torch.float32: {"forward": 0, "rows": 0, "columns": 0},
+}
 _TILES = {
     (8, torch.float16): _AMPERE_16,
     (8, torch.bfloat16): _AMPERE_16,
@@ -106,7 +114,7 @@ def launch(kernel: str, arch: int, dtype: torch.dtype, d: int) -> Launch:
     ``arch``: compute capability as 10 * major + minor; 0 is the interpreter.
     """
     if arch == 0:
-        return Launch(32, 32, 4, 1, "ieee", k=128, o=256)
+        return Launch(32, 32, 4, 1, "ieee", k=128, o=256, peel=True)
     rule = _rule(kernel, arch, dtype, bucket(d))
     key = configs.Key("qk", kernel, str(dtype).removeprefix("torch."), bucket(d))
     measured = configs.MEASURED.get(configs.family(arch), {}).get(key)
@@ -121,4 +129,4 @@ def _rule(kernel: str, arch: int, dtype: torch.dtype, d: int) -> Launch:
     if kernel in ("mix", "tokens"):
         return Launch(32, 32, 8 if d > 128 else 4, 2)
     column = min(arch // 10, 10) if 90 <= arch < 120 else 8  # sm_120 has the shared memory of sm_86
-    return Launch(*_TILES[column, dtype][kernel][d])
+    return Launch(*_TILES[column, dtype][kernel][d], peel=column == 9 and d <= _PEELED[dtype][kernel])

@@ -14,7 +14,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import plain_spans
+from .common import (
+    SpanArgs,
+    plain_spans,
+)
 from .qk_tiles import narrow, open_head, open_rows, operand, rows_times_matrix
 
 
@@ -40,7 +43,7 @@ def qk_gram_kernel(
     UPCAST: tl.constexpr,
 ):
     """X^T Y (and X^T X) over one chunk of one span's tokens, for one [BLOCK_E, BLOCK_F] tile of the result."""
-    spans = plain_spans(spans)
+    spans = SpanArgs(spans.table, *plain_spans(spans))
     i_bh = tl.program_id(0).to(tl.int64)
     i_block = first_block + tl.program_id(1) // chunks
     i_chunk = tl.program_id(1) % chunks
@@ -97,7 +100,7 @@ def qk_mix_kernel(
     PRECISION: tl.constexpr,
 ):
     """M = alpha C W for BLOCK_M rows of one head and block."""
-    spans = plain_spans(spans)
+    spans = SpanArgs(spans.table, *plain_spans(spans))
     i_bh = tl.program_id(0).to(tl.int64)
     i_block = first_block + tl.program_id(1)
     o_m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -140,7 +143,7 @@ def qk_project_kernel(
     UPCAST: tl.constexpr,
 ):
     """log2(e) U = log2(e) Q_a M_a for BLOCK_M rows of one side, in q's dtype: a hi + lo pair if that has 16 bits."""
-    spans = plain_spans(spans)
+    spans = SpanArgs(spans.table, *plain_spans(spans))
     i_bh = tl.program_id(0).to(tl.int64)
     i_tile = tl.program_id(1)
     i_b = i_bh // heads
@@ -191,7 +194,7 @@ def qk_chain_kernel(
     PRECISION: tl.constexpr,
 ):
     """dC_b = alpha dM_a W_b^T and dW_b + dW_b^T = alpha (C_b^T dM_a + dM_a^T C_b), for BLOCK_M rows of one block."""
-    spans = plain_spans(spans)
+    spans = SpanArgs(spans.table, *plain_spans(spans))
     i_bh = tl.program_id(0).to(tl.int64)
     i_block = first_block + tl.program_id(1)
     o_m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)

@@ -141,6 +141,7 @@ def scores_qk_forward(
             SCALED=p.scaled,
             PRECISION=tile.precision,
             UPCAST=p.upcast,
+            PEEL=tile.peel,
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
@@ -208,6 +209,7 @@ def _tile_gradients(
             SCALED=p.scaled,
             PRECISION=tile.precision,
             UPCAST=p.upcast,
+            PEEL=tile.peel,
             num_warps=tile.warps,
             num_stages=tile.stages,
         )

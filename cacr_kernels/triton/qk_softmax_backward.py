@@ -11,7 +11,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import plain_spans
+from .common import (
+    SpanArgs,
+    plain_spans,
+)
 from .qk_products import projection_factor
 from .qk_softmax_forward import probabilities, row_softmax_numbers
 from .qk_tiles import chunked_product, open_head, open_rows
@@ -30,7 +33,7 @@ def qk_inner_sums_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """r_k = sum_i P_ab[i, k] W[i, k] for BLOCK_M tokens k of block b."""
-    spans = plain_spans(spans)
+    spans = SpanArgs(spans.table, *plain_spans(spans))
     i_bh = tl.program_id(0).to(tl.int64)
     i_tile = tl.program_id(1)
     b_is_text = i_tile < tiles_text
@@ -61,7 +64,7 @@ def qk_cross_scores_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """dS_ab = P_ab o (dP_ab - rowsum(P_ab o dP_ab)) with dP_ab = W + Z, for BLOCK_M rows."""
-    spans = plain_spans(spans)
+    spans = SpanArgs(spans.table, *plain_spans(spans))
     i_bh = tl.program_id(0).to(tl.int64)
     i_tile = tl.program_id(1)
     is_text = i_tile < tiles_text
@@ -104,7 +107,7 @@ def qk_cross_gradient_kernel(
     PRECISION: tl.constexpr,
 ):
     """dq_a += c dS_ab K_b, or dk_b += c dS_ab^T Q_a: tiles count the tokens that are written."""
-    spans = plain_spans(spans)
+    spans = SpanArgs(spans.table, *plain_spans(spans))
     i_bh = tl.program_id(0).to(tl.int64)
     i_tile = tl.program_id(1)
     i_b = i_bh // heads
@@ -164,7 +167,7 @@ def qk_inner_gradient_kernel(
     UPCAST: tl.constexpr,
 ):
     """dq_b += c dS_bb K_b, or dk_b += c dS_bb^T Q_b, with dS_bb = P_bb o (P_ab^T V - r) recomputed tile by tile."""
-    spans = plain_spans(spans)
+    spans = SpanArgs(spans.table, *plain_spans(spans))
     i_bh = tl.program_id(0).to(tl.int64)
     i_tile = tl.program_id(1)
     i_b = i_bh // heads

@@ -12,7 +12,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import plain_spans
+from .common import (
+    SpanArgs,
+    plain_spans,
+)
 from .qk_products import projection_factor
 from .qk_tiles import chunked_product, open_head, open_rows
 from .qk_wide import open_factor
@@ -20,7 +23,7 @@ from .qk_wide import open_factor
 
 @triton.jit
 def row_softmax_numbers(stats, spans, i_bh, is_text, SLOT: tl.constexpr):
-    """Pointer to number SLOT, a maximum, of a side's rows; and the distance to the next number, its sum of exp."""
+    """Pointer to number SLOT, a maximum, of a side's rows; and the distance to the next number, 1 / its sum of exp."""
     rows = spans.n_text + spans.n_vision
     return stats + i_bh * 8 * rows + tl.where(is_text, 0, spans.n_text) + SLOT * rows, rows
 
@@ -29,11 +32,11 @@ def row_softmax_numbers(stats, spans, i_bh, is_text, SLOT: tl.constexpr):
 def probabilities(b_s, numbers, s_n, o_r, mask_r, AXIS: tl.constexpr):
     """exp2(s - m) / l of a tile of scores whose softmax rows o_r lie along AXIS; finite beyond the span."""
     b_m = tl.load(numbers + o_r, mask=mask_r, other=0.0)
-    b_l = 1.0 / tl.load(numbers + s_n + o_r, mask=mask_r, other=1.0)
+    b_r = tl.load(numbers + s_n + o_r, mask=mask_r, other=1.0)
     if AXIS == 0:
-        return tl.exp2(b_s - b_m[:, None]) * b_l[:, None]
+        return tl.exp2(b_s - b_m[:, None]) * b_r[:, None]
     else:
-        return tl.exp2(b_s - b_m[None, :]) * b_l[None, :]
+        return tl.exp2(b_s - b_m[None, :]) * b_r[None, :]
 
 
 @triton.jit(do_not_specialize=["heads", "group", "tiles_text"])
@@ -54,7 +57,7 @@ def qk_numbers_kernel(
     UPCAST: tl.constexpr,
 ):
     """Maximum and sum of exp of BLOCK_M rows of S_ab (third grid index 0) or S_aa (1); zeros beyond the span."""
-    spans = plain_spans(spans)
+    spans = SpanArgs(spans.table, *plain_spans(spans))
     i_bh = tl.program_id(0).to(tl.int64)
     i_tile = tl.program_id(1)
     own = tl.program_id(2) == 1
@@ -85,7 +88,7 @@ def qk_numbers_kernel(
     p += o_m + tl.where(own, 2, 6) * s_n
     mask = o_m < tl.where(is_text, spans.n_text, spans.n_vision)
     tl.store(p, tl.where(mask_m, b_m, 0.0), mask=mask)
-    tl.store(p + s_n, tl.where(mask_m, b_l, 0.0), mask=mask)
+    tl.store(p + s_n, tl.where(mask_m, 1.0 / b_l, 0.0), mask=mask)
 
 
 @triton.jit(do_not_specialize=["heads", "group", "tiles_text"])
@@ -107,7 +110,7 @@ def qk_probabilities_kernel(
     UPCAST: tl.constexpr,
 ):
     """One tile of P_ab."""
-    spans = plain_spans(spans)
+    spans = SpanArgs(spans.table, *plain_spans(spans))
     i_bh = tl.program_id(0).to(tl.int64)
     i_tile = tl.program_id(1)
     i_b = i_bh // heads
@@ -153,7 +156,7 @@ def qk_mixed_kernel(
     UPCAST: tl.constexpr,
 ):
     """factor A P_bb, or factor A P_bb^T if TRANSPOSED: one tile, P_bb recomputed from q and k."""
-    spans = plain_spans(spans)
+    spans = SpanArgs(spans.table, *plain_spans(spans))
     i_bh = tl.program_id(0).to(tl.int64)
     i_tile = tl.program_id(1)
     i_b = i_bh // heads

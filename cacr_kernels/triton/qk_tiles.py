@@ -28,6 +28,26 @@ def open_head(block, i_b, i_h, position):
 
 
 @triton.jit
+def load_tokens(
+    p, s_r, s_c, i, n, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr
+):  # fmt: skip
+    """Rows i ... i + BLOCK_N - 1 of a matrix [n, D] at p, as [BLOCK_N, BLOCK_D]; zeros beyond D.
+
+    Unless MASKED all of them are below n; otherwise those from n on are zeros.
+    """
+    o_n = tl.cast(i, tl.int64) + tl.arange(0, BLOCK_N)
+    o_d = tl.arange(0, BLOCK_D)
+    o = o_n[:, None] * s_r + o_d[None, :] * s_c
+    if MASKED:
+        b = tl.load(p + o, mask=(o_n < n)[:, None] & (o_d < D)[None, :], other=0.0)
+    elif D != BLOCK_D:
+        b = tl.load(p + o, mask=(o_d < D)[None, :], other=0.0)
+    else:
+        b = tl.load(p + o)
+    return b
+
+
+@triton.jit
 def first_row(p, s_c, n, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Row 0 of a matrix [n, D] at p, as [BLOCK_D] with zeros beyond D; zeros if n is 0."""
     o_d = tl.arange(0, BLOCK_D)

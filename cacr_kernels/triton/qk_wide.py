@@ -13,7 +13,10 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .common import plain_spans
+from .common import (
+    SpanArgs,
+    plain_spans,
+)
 from .qk_backward import load_rows, row_weight, tile_gradients
 from .qk_forward import store_rows
 from .qk_tiles import chunked_product, open_head, open_rows
@@ -78,7 +81,7 @@ def qk_wide_forward_kernel(
     UPCAST: tl.constexpr,
 ):
     """The six numbers of BLOCK_M rows of one side."""
-    spans = plain_spans(spans)
+    spans = SpanArgs(spans.table, *plain_spans(spans))
     i_bh = tl.program_id(0).to(tl.int64)
     i_tile = tl.program_id(1)
     i_b = i_bh // heads
@@ -92,6 +95,7 @@ def qk_wide_forward_kernel(
     p_k = open_head(k, i_b, i_h // group, start)
     p_u, s_ur = open_factor(factors.u, spans, i_bh, start, is_text, n_tokens, D, COMPACT)
     p_f, s_fr, s_fc, width = open_outer(factors.f, q, p_q, spans, i_bh, is_text, n_b, D, COMPACT)
+    sign = tl.where(y_scale < 0, -1.0, 1.0)
     m_x, l_x, s_x, m_y, l_y, s_y, c = rows_start(BLOCK_M)
     for i_n in range(0, tl.where(first < n, n, 0), BLOCK_N):
         o_n = (i_n + tl.arange(0, BLOCK_N)).to(tl.int64)
@@ -105,7 +109,7 @@ def qk_wide_forward_kernel(
             BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, UPCAST,
         )  # fmt: skip
         m_x, l_x, s_x, m_y, l_y, s_y, c = rows_update(
-            m_x, l_x, s_x, m_y, l_y, s_y, c, b_x, b_y * y_scale, mask_n[None, :], True
+            m_x, l_x, s_x, m_y, l_y, s_y, c, b_x, b_y * sign, tl.abs(y_scale), mask_n[None, :], True
         )
     store_rows(stats, spans, i_bh, is_text, o_m, mask_m, m_x, l_x, s_x, m_y, l_y, s_y, c, COMPACT)
 
@@ -144,7 +148,7 @@ def qk_wide_gradient_kernel(
 
     Tiles of COLUMNS are held transposed, so that either way the outputs are tile times [BLOCK_N, BLOCK_O].
     """
-    spans = plain_spans(spans)
+    spans = SpanArgs(spans.table, *plain_spans(spans))
     i_bh = tl.program_id(0).to(tl.int64)
     i_tile = tl.program_id(1)
     i_b = i_bh // heads

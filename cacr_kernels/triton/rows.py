@@ -91,20 +91,19 @@ def rows_start(BLOCK_I: tl.constexpr):
 
 
 @triton.jit
-def rows_update(m_x, l_x, s_x, m_y, l_y, s_y, c, b_x, b_y, inside, LOG2: tl.constexpr):
+def rows_update(m_x, l_x, s_x, m_y, l_y, s_y, c, b_x, b_y, y_scale, inside, LOG2: tl.constexpr):
     """Take the tile b_x, b_y [I, J] into the rows' numbers; ``inside`` [1, J] masks columns. LOG2: logits / ln 2.
 
-    Per row: m = max x, l = sum_j e^(x_j - m), s = sum_j e^(x_j - m) (d_j - c) with d = (x - m_x) - (y - m_y), so that a
+    The logits are x and y_scale y with y_scale >= 0: the maximum comes before the scale, which then costs nothing. Per
+    row: m = max x, l = sum_j e^(x_j - m), s = sum_j e^(x_j - m) (d_j - c) with d = (x - m_x) - (y - m_y), so that a
     common offset of X and Y costs no precision. c follows E_p[d]: both s stay small where E_p[d] and E_q[d] are nearly
     equal, and their difference, the loss, keeps its digits.
     """
-    b_x = tl.where(inside, b_x, LOW)
-    b_y = tl.where(inside, b_y, LOW)
-    n_x = tl.maximum(m_x, tl.max(b_x, 1))
-    n_y = tl.maximum(m_y, tl.max(b_y, 1))
+    n_x = tl.maximum(m_x, tl.max(tl.where(inside, b_x, LOW), 1))
+    n_y = tl.maximum(m_y, tl.max(tl.where(inside, b_y, LOW), 1) * y_scale)
     shift = (m_x - n_x) - (m_y - n_y)
-    b_x -= n_x[:, None]
-    b_y -= n_y[:, None]
+    b_x = tl.where(inside, b_x, LOW) - n_x[:, None]  # select first: see rows_gradient
+    b_y = tl.where(inside, b_y * y_scale - n_y[:, None], LOW)
     b_d = b_x - b_y
     if LOG2:
         b_p, b_q, r_x, r_y = tl.exp2(b_x), tl.exp2(b_y), tl.exp2(m_x - n_x), tl.exp2(m_y - n_y)
@@ -121,6 +120,43 @@ def rows_update(m_x, l_x, s_x, m_y, l_y, s_y, c, b_x, b_y, inside, LOG2: tl.cons
     s_x = s_x * r_x + w_x * shift + tl.sum(b_p * b_d, 1)
     s_y = s_y * r_y + w_y * shift + tl.sum(b_q * b_d, 1)
     return n_x, l_x, s_x, n_y, l_y, s_y, c_new
+
+
+@triton.jit
+def rows_advance(m_x, l_x, s_x, m_y, l_y, s_y, c, b_x, b_y, y_scale, inside, MASKED: tl.constexpr):
+    """rows_update for tiles after a row's first, in fewer steps an element; LOG2. Unless MASKED all columns count.
+
+    The tile's d are taken relative to the c that is known, in place of one that counts the tile; or to 0 where a new
+    maximum of X leaves the old columns less than half of their weight: that c is then as far away as the maxima are.
+    """
+    if MASKED:
+        n_x = tl.maximum(m_x, tl.max(tl.where(inside, b_x, LOW), 1))
+        n_y = tl.maximum(m_y, tl.max(tl.where(inside, b_y, LOW), 1) * y_scale)
+    else:
+        n_x = tl.maximum(m_x, tl.max(b_x, 1))
+        n_y = tl.maximum(m_y, tl.max(b_y, 1) * y_scale)
+    r_x = tl.exp2(m_x - n_x)
+    r_y = tl.exp2(m_y - n_y)
+    c += (m_x - n_x) - (m_y - n_y)
+    near = tl.where(r_x > 0.5, c, 0.0)
+    b_x -= n_x[:, None]
+    b_y = b_y * y_scale - n_y[:, None]
+    if MASKED:
+        b_x = tl.where(inside, b_x, LOW)
+        b_y = tl.where(inside, b_y, LOW)
+    b_p = tl.exp2(b_x)
+    b_q = tl.exp2(b_y)
+    b_d = b_x - b_y - near[:, None]
+    l_x *= r_x
+    l_y *= r_y
+    s_x = s_x * r_x + l_x * (c - near) + tl.sum(b_p * b_d, 1)
+    s_y = s_y * r_y + l_y * (c - near) + tl.sum(b_q * b_d, 1)
+    l_x += tl.sum(b_p, 1)
+    l_y += tl.sum(b_q, 1)
+    # c = E_p[d] again; s_x and s_y take the step that was made, rounded as it is
+    c = near + s_x / l_x
+    step = c - near
+    return n_x, l_x, s_x - l_x * step, n_y, l_y, s_y - l_y * step, c
 
 
 @triton.jit
@@ -142,7 +178,9 @@ def rows_gradient(b_x, b_y, rows, inside):
     dX = p (d - E_p[d]) + (p - q), dY = -q (d - E_q[d]) - (p - q), d = (x - m_x) - (y - m_y).
     """
     m_x, l_x, m_y, l_y, e_p, e_q = rows
-    b_x = b_x - m_x[:, None]
+    # X = scale times a product: the select keeps that multiplication out of a fused one with this difference, as in the
+    # forward, so that the X of the largest element is m_x to the bit
+    b_x = tl.where(inside, b_x, LOW) - m_x[:, None]
     b_y = b_y - m_y[:, None]
     b_p = tl.exp(b_x) / l_x[:, None]
     b_q = tl.exp(b_y) / l_y[:, None]

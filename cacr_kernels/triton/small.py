@@ -19,6 +19,7 @@ import triton.language as tl
 
 from .common import (
     UNSPECIALIZED,
+    SpanArgs,
     dot,
     inside_tile,
     load_factor,
@@ -29,8 +30,9 @@ from .common import (
     open_gradient,
     open_side,
     open_v,
-    plain_problem,
+    plain_blocks,
     plain_scaling,
+    plain_spans,
     plain_work,
     row_tile,
     store_tile,
@@ -91,7 +93,8 @@ def small_forward_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """Loss and row numbers: sum_j (p_j - q_j) (d_j - E_q[d]) a row, d = (x - m_x) - (y - m_y)."""
-    tt, tv, vt, vv, spans = plain_problem(tt, tv, vt, vv, spans)
+    tt, tv, vt, vv = plain_blocks(tt, tv, vt, vv)
+    spans = SpanArgs(spans.table, *plain_spans(spans))
     scaling = plain_scaling(scaling)
     i_problem, is_text, i = row_tile(spans, BLOCK_I)
     side = open_side(tt, tv, vt, vv, spans, stats, i_problem, n_heads, is_text)
@@ -155,7 +158,8 @@ def small_rows_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """G_I, V_I = G_I F and dY_I for one tile I of rows of one side."""
-    tt, tv, vt, vv, spans = plain_problem(tt, tv, vt, vv, spans)
+    tt, tv, vt, vv = plain_blocks(tt, tv, vt, vv)
+    spans = SpanArgs(spans.table, *plain_spans(spans))
     scaling = plain_scaling(scaling)
     work = plain_work(work)
     i_problem, is_text, i = row_tile(spans, BLOCK_I)
@@ -203,7 +207,8 @@ def small_cross_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """dF_I = (G^T F)_I S_bb + V_I S_bb^T for one tile I of rows of F (columns of G), J >= n_b, and dS_ab from it."""
-    tt, tv, vt, vv, spans = plain_problem(tt, tv, vt, vv, spans)
+    tt, tv, vt, vv = plain_blocks(tt, tv, vt, vv)
+    spans = SpanArgs(spans.table, *plain_spans(spans))
     scaling = plain_scaling(scaling)
     work = plain_work(work)
     i_problem, is_text, i = row_tile(spans, BLOCK_I)
@@ -261,7 +266,8 @@ def small_own_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """dS_aa = dY + dS'_aa for one tile I of rows: the target of side a, and the inner block of side b."""
-    tt, tv, vt, vv, spans = plain_problem(tt, tv, vt, vv, spans)
+    tt, tv, vt, vv = plain_blocks(tt, tv, vt, vv)
+    spans = SpanArgs(spans.table, *plain_spans(spans))
     scaling = plain_scaling(scaling)
     work = plain_work(work)
     i_problem, is_text, i = row_tile(spans, BLOCK_I)

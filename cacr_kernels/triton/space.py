@@ -13,6 +13,7 @@ from .qk_launch import launch as qk_launch
 from .table import SIZES
 
 WARPS, STAGES = (2, 4, 8), (1, 2, 3, 4)
+REGISTERS = (96, 128, 160, 192)
 #: float32 numbers of one tile, of several, that a thread can hold
 MOST_NUMBERS = 64
 #: multiply-adds a thread unrolls without tensor cores; beyond it compiling takes minutes
@@ -29,7 +30,10 @@ def builtin(key: Key, arch: int) -> Launch:
 
 
 def neighbours(launch: Launch) -> Iterator[Launch]:
-    """One step along each axis: a tile doubled or halved, more or fewer warps or stages, and a tile with its warps."""
+    """One step along each axis: a tile doubled or halved, more or fewer warps or stages, and a tile with its warps.
+
+    Where registers are capped, also the cap beside, and none.
+    """
     for name, size in launch.blocks.items():
         for new in _beside(size, SIZES):
             larger = replace(launch, blocks=launch.blocks | {name: new})
@@ -41,6 +45,9 @@ def neighbours(launch: Launch) -> Iterator[Launch]:
         yield replace(launch, num_warps=warps)
     for stages in _beside(launch.num_stages, STAGES):
         yield replace(launch, num_stages=stages)
+    if launch.registers is not None:
+        for registers in (*_beside(launch.registers, REGISTERS), None):
+            yield replace(launch, registers=registers)
 
 
 def _beside(value: int, options: tuple[int, ...]) -> list[int]:

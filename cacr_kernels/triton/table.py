@@ -28,6 +28,7 @@ VARIABLE = "CACR_LAUNCH_TABLE"
 FORMAT = {"format": "cacr launch table", "version": 1}
 #: what an entry may choose; tiles beyond 128 overflow the kernels' 32-bit offsets
 SIZES, WARPS, STAGES = (16, 32, 64, 128), (1, 2, 4, 8, 16), (1, 2, 3, 4, 5, 6)
+REGISTERS = (None, 96, 128, 160, 192, 224)
 LARGEST_FILE = 1 << 20
 
 
@@ -138,7 +139,7 @@ def _member(where: str, value: Any, allowed: Iterable[Any]) -> Any:
 
 def _entry(where: str, value: Any) -> Entry:
     _expect(isinstance(value, dict), where, "an object", type(value).__name__)
-    _names(where, value, ("gpu", "arch", *Key._fields, "blocks", "num_warps", "num_stages", "measured"))
+    _names(where, value, ("gpu", "arch", *Key._fields, "blocks", "num_warps", "num_stages", "registers", "measured"))
     _expect(isinstance(value["gpu"], str) and bool(value["gpu"]), f"{where}, gpu", "the name of a GPU", value["gpu"])
     good_arch = type(value["arch"]) is int and 80 <= value["arch"] < 1000
     _expect(good_arch, f"{where}, arch", "ten times a compute capability from 80 on", value["arch"])
@@ -152,10 +153,11 @@ def _entry(where: str, value: Any) -> Entry:
     blocks = {name: _member(f"{where}, {name}", value["blocks"][name], SIZES) for name in known[kernel]}
     warps = _member(f"{where}, num_warps", value["num_warps"], WARPS)
     stages = _member(f"{where}, num_stages", value["num_stages"], STAGES)
+    caps = REGISTERS if variant == "scores" else (None,)
+    registers = _member(f"{where}, registers", value["registers"], caps)
     measured = _measured(f"{where}, measured", value["measured"])
-    return Entry(
-        value["gpu"], value["arch"], Key(variant, kernel, dtype, head), Launch(blocks, warps, stages), measured
-    )
+    launch = Launch(blocks, warps, stages, registers)
+    return Entry(value["gpu"], value["arch"], Key(variant, kernel, dtype, head), launch, measured)
 
 
 def _measured(where: str, value: Any) -> Measured:

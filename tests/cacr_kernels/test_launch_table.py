@@ -105,6 +105,8 @@ def change(path, value):
         (change(["entries", 0, "blocks"], {"BLOCK_I": 32}), "entry 0, blocks: expected the names BLOCK_C, BLOCK_I"),
         (change(["entries", 0, "num_warps"], 3), "entry 0, num_warps: expected one of 1, 2, 4, 8, 16; got '3'"),
         (change(["entries", 0, "num_stages"], 4.0), "entry 0, num_stages"),
+        (change(["entries", 0, "registers"], 100), "entry 0, registers: expected one of None, 96, 128, 160, 192, 224"),
+        (change(["entries", 1, "registers"], 128), "entry 1, registers: expected one of None"),
         (change(["entries", 0, "measured", "ms"], -1), "entry 0, measured, ms: expected a positive number"),
         (change(["entries", 0, "measured", "ms"], float("nan")), "entry 0, measured, ms: expected a positive number"),
         (change(["entries", 0, "measured", "torch"], None), "entry 0, measured, torch: expected text"),

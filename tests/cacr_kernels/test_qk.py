@@ -110,8 +110,9 @@ def test_at_most_twice_the_error_of_the_closed_form(device_of_triton, kind, d, s
     want = partial(closed_form, n_text=10, **options)
     kernel = errors(partial(fused_cacr_qk, n_text=10, backend="triton", **options), want, iter(problems))
     eager = errors(want, want, iter(problems))
-    assert kernel.loss <= 2 * eager.loss + 2e-7
-    assert kernel.gradient <= 2 * eager.gradient + 2e-7
+    least = 2e-7 if device_of_triton == "cpu" else 1e-6  # tensor cores cut sums off where others round
+    assert kernel.loss <= 2 * eager.loss + least
+    assert kernel.gradient <= 2 * eager.gradient + least
 
 
 @pytest.mark.parametrize("d", [32, 64, 80, 96, 128, 256])

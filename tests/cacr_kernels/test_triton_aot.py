@@ -128,3 +128,32 @@ def test_float32_never_uses_tf32_but_in_three_products():
     for arch in ARCHITECTURES:
         assert plan(arch, "float32").dot in ("ieee", "tf32x3")
         assert plan(arch, "float16").dot == plan(arch, "bfloat16").dot == "split"
+
+
+#: prints how often the fused differences of a kernel share a factor: that of all elements is projection_scale
+FUSED = r"""
+import re
+from collections import Counter
+from cacr_kernels.triton import aot
+
+inspect, texts = aot.inspect, []
+aot.inspect = lambda compiled: texts.append(compiled.asm["ptx"]) or inspect(compiled)
+for kernel in ("forward_64", "rows_64", "large_forward", "large_g", "large_own"):
+    aot.compile_case(aot.Case(kernel, 90, "bfloat16", "scores"))
+    negative = set(re.findall(r"neg\.f32 \s*(%\w+),", texts[-1]))
+    products = re.findall(r"fma\.rn\.f32 \s*%\w+, (%\w+), (%\w+), (%\w+);", texts[-1])
+    factors = Counter(factor for *pair, added in products if added in negative for factor in pair)
+    print(kernel, max(factors.values(), default=0))
+"""
+
+
+@pytest.mark.slow
+def test_the_scale_of_x_is_fused_with_no_difference():
+    """x - max x is exact at the maximum only if x was rounded before, in the forward and in the backward alike."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", FUSED]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    counts = [int(line.split()[1]) for line in done.stdout.splitlines()]
+    assert len(counts) == 5
+    assert max(counts) <= 2, done.stdout

@@ -174,7 +174,8 @@ def as_code(entries: Iterable[table.Entry]) -> str:
                 sizes = ", ".join(f'"{name}": {size}' for name, size in launch.blocks.items())
                 name = ", ".join([f'"{key.variant}"', f'"{key.kernel}"', f'"{key.dtype}"', str(key.head_size)])
                 lines.append(f"        Key({name}): Launch(")
-                lines.append(f"            {{{sizes}}}, {launch.num_warps}, {launch.num_stages}")
+                cap = "" if launch.registers is None else f", {launch.registers}"
+                lines.append(f"            {{{sizes}}}, {launch.num_warps}, {launch.num_stages}{cap}")
                 lines.append("        ),")
         lines.append("    },")
     return "\n".join([*lines, "}"])
