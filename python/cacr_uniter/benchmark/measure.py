@@ -14,6 +14,7 @@ from cacr_kernels.testing import relative_error
 from cacr_uniter.benchmark.contenders import Contender, Inputs, make, make_inputs
 from cacr_uniter.benchmark.shapes import Shape
 from cacr_uniter.benchmark.timing import PeakMemory, timer_for
+from cacr_uniter.errors import is_out_of_memory
 
 TOLERANCE = {"float32": (1e-3, 1e-2), "bfloat16": (0.1, 0.3), "float16": (0.1, 0.3)}
 """Largest relative error of (loss, gradient) that still is the right function; precision is a column of its own."""
@@ -54,13 +55,6 @@ class Job:
         }
 
 
-def out_of_memory(error: BaseException) -> bool:
-    text = str(error).lower()
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
-        words in text for words in ("out of memory", "can't allocate memory", "cannot allocate memory")
-    )
-
-
 def measure(job: Job) -> Iterator[dict[str, Any]]:
     """Rows of a job, one a direction: ``samples`` (ms), memory, errors, status."""
     shape = Shape(**job.shape)
@@ -74,7 +68,7 @@ def measure(job: Job) -> Iterator[dict[str, Any]]:
         contender = make(job.contender, job.variant, job.kind, job.dtype, job.device)
         yield from _measure(job, shape, contender, inputs)
     except Exception as error:
-        status = "oom" if out_of_memory(error) else "error"
+        status = "oom" if is_out_of_memory(error) else "error"
         yield {"direction": "both", "status": status, "note": f"{type(error).__name__}: {str(error)[:200]}"}
     finally:
         if compiled:
@@ -115,7 +109,7 @@ def _measure(job: Job, shape: Shape, contender: Contender, inputs: Inputs) -> It
                 times = timer(lambda: calls.prepare(direction), job.seconds, contender.graph)  # noqa: B023
                 result |= {"samples": list(times.samples), "timer": times.timer}
         except Exception as error:
-            if not out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             result |= {"status": "oom", "note": str(error).splitlines()[0][:200]}
         yield result
@@ -181,7 +175,7 @@ def reference(
         want = contender.expected(*wide, n_text)
         return want.detach(), torch.autograd.grad(want, wide, torch.ones_like(want)) if gradients else None
     except Exception as error:
-        if not out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         if some[0].device.type == "cpu":
             raise NoReference(f"its float64 reference does not fit in memory: {str(error)[:120]}") from error

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from cacr_uniter.benchmark.contenders import OURS, names
-from cacr_uniter.benchmark.measure import out_of_memory
 from cacr_uniter.benchmark.timing import PeakMemory, quantile
+from cacr_uniter.errors import is_out_of_memory
 from cacr_uniter.model import UniterConfig, UniterForRetrieval
 from cacr_uniter.training.build import build_accelerator, build_model, limit_memory
 from cacr_uniter.training.config import AuxConfig, BatchConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
@@ -155,7 +155,7 @@ class Trainer:
         try:
             self.step(self.portion(groups))
         except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             fits = False
         else:
@@ -180,7 +180,7 @@ def measure_setting(setting: Setting) -> dict[str, Any]:
         if setting.search:
             row["largest_pairs"] = setting.group * largest(trainer.fits, 1, MOST_PAIRS // setting.group)
     except Exception as error:
-        if not out_of_memory(error):
+        if not is_out_of_memory(error):
             row |= {"status": "error"}
         else:
             row |= {"status": "oom"}
