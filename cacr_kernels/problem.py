@@ -80,15 +80,6 @@ def block_limits(inputs: list[Tensor]) -> tuple[int, int, bool]:
     return inputs[0].shape[-2], inputs[0].shape[-2], True
 
 
-def new_gradients(inputs: list[Tensor], spans: Spans) -> list[Tensor]:
-    """Contiguous gradients to write the blocks into: exactly 0, and NaN over the whole of an invalid example."""
-    if spans.table is None:
-        return [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in inputs]
-    bad = spans.invalid(*block_limits(inputs))
-    fill = torch.zeros(bad.shape, dtype=torch.float32, device=bad.device).masked_fill_(bad, float("nan"))
-    return [fill.to(x.dtype).view(-1, 1, 1, 1).expand(x.shape).contiguous() for x in inputs]
-
-
 def saves_gradients(inputs: list[Tensor]) -> bool:
     """Whether the cpu backend's forward saves the gradients for the expected grad_loss, to be scaled in the backward.
 

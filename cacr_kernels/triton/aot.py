@@ -31,6 +31,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 from ..problem import Options, Spans
 from .backward_large import large_cross_kernel, large_g_kernel, large_own_kernel, large_v_kernel
 from .configs import ARCHITECTURES, BUCKETS, DTYPES, MEASURED, SHARED_LIMIT, Key, Launch, family, plan
+from .fill import fill_kernel
 from .forward import large_forward_kernel
 from .host import Problem
 from .products import numbers_kernel, project_kernel
@@ -43,6 +44,7 @@ BLOCKS = ("tt", "tv", "vt", "vv")
 
 KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "numbers": (numbers_kernel, {}),
+    "fill": (fill_kernel, {}),
     "project": (project_kernel, {}),
     "large_forward": (large_forward_kernel, {"SAVE": True}),
     "large_g": (large_g_kernel, {}),
@@ -190,9 +192,9 @@ def cases(architectures: list[int], dtypes: list[str], kernels: list[str], kinds
     for arch in architectures:
         for dtype in dtypes:
             for kernel in kernels:
-                for kind in ["softmax"] if kernel == "numbers" else kinds:
+                for kind in {"numbers": ["softmax"], "fill": ["scores"]}.get(kernel, kinds):
                     yield Case(kernel, arch, dtype, kind)
-                if "scores" in kinds and kernel != "numbers":
+                if "scores" in kinds and kernel not in ("numbers", "fill"):
                     yield Case(kernel, arch, dtype, "scores", unit=False)
                     yield Case(kernel, arch, dtype, "scores", ragged=False)
 
@@ -217,6 +219,7 @@ QUICK = (
     Case("own_128", 89, "float16", "softmax"),
     Case("own_64", 80, "float32", "scores"),
     Case("numbers", 100, "bfloat16", "softmax"),
+    Case("fill", 80, "float32", "scores"),
     Case("project", 90, "bfloat16", "scores", unit=False),
     Case("large_forward", 100, "float16", "probs"),
     Case("large_g", 90, "float32", "scores"),

@@ -1,7 +1,7 @@
 """Launch configurations by architecture, dtype and kernel: plain data, imports nothing.
 
 A kernel's name stands for its size bucket too: forward_64 serves spans of at most 64 tokens, forward_128 those of at
-most 128, the large_* kernels the others, numbers all. Every entry is compiled ahead of time by cacr_kernels.triton.aot.
+most 128, the large_* kernels the others, numbers and fill all. Every entry is compiled ahead of time by triton.aot.
 MEASURED holds the entries that a GPU chose, of the scores and of the query/key kernels (qk_launch has their rules).
 """
 
@@ -78,6 +78,7 @@ def kernels(
         found[f"own_{bucket}"] = launch(i=16, c=32, k=small, warps=threads)
     return found | {
         "numbers": launch(i=16, j=128),
+        "fill": launch(i=16, j=128),
         "project": launch(i=large, c=large, k=k, warps=warps),
         "large_forward": launch(i=32, j=32, k=k),
         "large_g": launch(i=32, j=large, k=k, warps=warps),

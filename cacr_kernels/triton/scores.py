@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..problem import ROW_NUMBERS, Options, Spans, new_gradients
+from ..problem import ROW_NUMBERS, Options, Spans
 from .backward_large import large_cross_kernel, large_g_kernel, large_own_kernel, large_v_kernel
 from .common import Work
+from .fill import fill_kernel
 from .forward import large_forward_kernel
 from .host import Problem, tiles
 from .products import numbers_kernel
@@ -173,15 +174,37 @@ class Backward:
         )  # fmt: skip
 
 
+def new_gradients(problem: Problem, inputs: list[Tensor], spans: Spans, options: Options) -> list[Tensor]:
+    """Contiguous gradients to write the blocks into: 0 outside the spans, NaN over the whole of an invalid example."""
+    if spans.table is not None:
+        grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
+        entry = problem.plan.kernels["fill"]
+        for grad in grads:
+            n_r, n_c = grad.shape[2:]
+            programs = problem.count * tiles(n_r, entry.blocks["BLOCK_I"]) if n_c else 0
+            if programs:
+                fill_kernel[(programs,)](
+                    grad, problem.spans, problem.n_heads, n_r, n_c, **entry.blocks, **entry.options(problem.kind)
+                )
+        return grads
+    sizes = (spans.n_text + spans.n_vision,) if len(inputs) == 1 else (spans.n_text, spans.n_vision)
+    covered = {x.shape[-1] for x in inputs} == set(sizes) and not problem.empty
+    # every element is written where both sides have all of their gradients
+    if covered and options.sides == "both" and options.stop_gradient == "none":
+        return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
+    return [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in inputs]
+
+
 def scores_backward(
     grad_loss: Tensor, inputs: list[Tensor], saved: list[Tensor], spans: Spans, options: Options
 ) -> list[Tensor]:
     """d sum(grad_loss loss) / d input: contiguous, in the inputs' dtype, exactly 0 outside the spans.
 
-    Small spans: three launches, or one for stop_gradient "projection". Large ones: at most ten, side after side.
+    Small spans: three launches, or one for stop_gradient "projection". Large ones: at most ten, side after side. One
+    more fills what may lie outside the spans.
     """
     problem = Problem(inputs, spans, options)
-    grads = new_gradients(inputs, spans)
+    grads = new_gradients(problem, inputs, spans, options)
     if not problem.empty:
         backward = Backward(grad_loss, saved[0], problem, options, grads)
         backward.large() if problem.bucket is None else backward.small()
