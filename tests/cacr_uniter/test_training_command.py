@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -16,18 +15,14 @@ from cacr_uniter.data.testing import Payload
 from cacr_uniter.errors import UserError
 from cacr_uniter.study import VARIANTS
 from cacr_uniter.training import TrainConfig, train
-from cacr_uniter.training.build import build_model, model_config
 from cacr_uniter.training.checks import check
 from cacr_uniter.training.command import load_config, presets
-from cacr_uniter.training.plan import make_plan
 from cacr_uniter.training.sizes import parse_size, show_size
 from cacr_uniter.training.testing import (
     SMALL,
-    VOCABULARY,
     numbers,
     small_config,
     small_run,
-    synthetic_source,
     write_databases,
 )
 
@@ -222,75 +217,3 @@ def test_sizes() -> None:
     for text in ("", "GB", "-1GB", "0", "1.2.3GB", "11 gigs"):
         with pytest.raises(UserError, match="x is"):
             parse_size(text, "x")
-
-
-def test_the_plan_counts_what_autograd_keeps(tmp_path: Path) -> None:
-    """float32: what the layers keep by their formulas; embeddings and the last layer's single row are the rest."""
-    config = small_config(tmp_path, model__hidden_size=64, model__num_hidden_layers=6, model__intermediate_size=256)
-    model, _ = build_model(config.model, model_config(config.model, VOCABULARY, 12), 0)
-    plan = make_plan(model, config, text=10, regions=20)
-    count = sum(p.numel() for p in model.parameters())
-    assert plan.weights == 4 * count
-    assert plan.moments == 2 * plan.gradients
-    assert plan.weights - plan.gradients == 4 * (2 * 64 + 2 + 2 * 12)  # two-way head, mask embedding
-    h, f, tokens, whole_layers = 64, 256, 30, 5
-    layer = 4 * (2 * h + 2 * h + 3 * h + h + 2 * f) + 2 * h  # norms, linear inputs, q k v, context, FFN; dropout masks
-    assert plan.per_pair == pytest.approx(tokens * whole_layers * layer, rel=0.15)
-    frozen = small_config(
-        tmp_path,
-        model__hidden_size=64,
-        model__num_hidden_layers=6,
-        model__intermediate_size=256,
-        model__freeze_layers=3,
-    )
-    model, _ = build_model(frozen.model, model_config(frozen.model, VOCABULARY, 12), 0)
-    half = make_plan(model, frozen, text=10, regions=20)
-    assert half.per_pair == pytest.approx(tokens * 2 * layer, rel=0.25)
-    assert half.largest(half.peak(40)) == 40
-    assert half.largest(half.fixed) == 0
-
-
-def test_plan_from_the_command(databases: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*arguments(databases, tmp_path / "run", run__memory_limit="11GB"), "--plan"]) == 0
-    shown = capsys.readouterr().out
-    assert "8 text columns and 5 regions" in shown
-    assert "hold batch.pairs_per_forward up to" in shown
-    assert not (tmp_path / "run").exists()
-
-
-def test_the_plan_takes_its_sizes_from_a_checkpoint(
-    databases: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(arguments(databases, tmp_path / "run", optim__steps=2)) == 0
-    capsys.readouterr()
-    assert main([*arguments(databases, tmp_path / "run"), "--plan"]) == 0
-    small = capsys.readouterr().out
-    words = ["--data.scenes", str(databases), "--model.checkpoint", str(tmp_path / "run"), "--plan"]
-    fields = {k: v for k, v in SMALL.items() if not k.startswith("model.")} | {"model.dropout": 0.1}
-    assert main(["train", *words, *(word for k, v in fields.items() for word in (f"--{k}", str(v)))]) == 0
-    assert capsys.readouterr().out == small
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_plan_is_near_the_measured_peak(tmp_path: Path, precision: str) -> None:
-    fields = {
-        "run__device": "cuda",
-        "run__precision": precision,
-        "model__hidden_size": 768,
-        "model__num_hidden_layers": 12,
-        "model__num_attention_heads": 12,
-        "model__intermediate_size": 3072,
-        "batch__pairs_per_forward": 512,
-        "batch__anchors": 64,
-        "batch__mining": "random",
-        "optim__steps": 3,
-    }
-    config = small_config(tmp_path, **fields)
-    model, _ = build_model(config.model, model_config(config.model, VOCABULARY, 12), 0)
-    source = synthetic_source()
-    text, regions = int(np.max(source.n_text)) + 2, int(np.max(source.n_regions))
-    torch.cuda.reset_peak_memory_stats()
-    measured = small_run(config).history[-1]["memory"]
-    assert make_plan(model, config, text, regions).peak(512) == pytest.approx(measured, rel=0.15)

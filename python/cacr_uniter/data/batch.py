@@ -105,14 +105,19 @@ class Pairs:
         """The pairs in page-locked memory, from which `to` need not wait for the device."""
         return self._map(Tensor.pin_memory)
 
+    def longest(self, rows: slice | Tensor) -> tuple[int, int]:
+        """Most word pieces and most regions of the pairs at `rows`."""
+        sizes = self.sizes[rows if isinstance(rows, slice) else rows.cpu()]
+        pieces, regions = sizes.amax(dim=0).tolist() if len(sizes) else (0, 0)
+        return pieces, regions
+
     def batch(self, rows: slice | Tensor = slice(None)) -> Batch:
         """The pairs at `rows` on their device, padded to the longest of them, with float32 features.
 
         Args:
             rows: a slice, or int64 positions [b] (any order, repeats allowed); positions on a GPU are read back once.
         """
-        sizes = self.sizes[rows if isinstance(rows, slice) else rows.cpu()]
-        pieces, regions = sizes.amax(dim=0).tolist() if len(sizes) else (0, 0)
+        pieces, regions = self.longest(rows)
         width = pieces + 2
         caption, image = self.caption[rows], self.image[rows]
         n_text, n_regions = self.n_text[caption], self.n_regions[image]

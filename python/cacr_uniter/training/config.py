@@ -138,8 +138,7 @@ class AuxConfig:
         sides: ``both`` (Eq. 6), ``text``, ``vision``, or ``alternate``: vision in image-anchored groups, text in
             text-anchored ones (IAIS).
         special_tokens: whether [CLS] and [SEP] count as text.
-        pairs: ``positives``: the matched pair of each group; ``all``: its negatives too, averaged over the group (more
-            memory than ``--plan`` counts).
+        pairs: ``positives``: the matched pair of each group; ``all``: its negatives too, averaged over the group.
         layers: which layers, negative counts from the end; the losses are averaged.
         stop_gradient: ``none``, ``target`` (S_aa) or ``projection`` (the triple product).
         row_reduction: ``sum`` over rows (Eq. 4) or ``mean`` (IAIS).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,10 +36,15 @@ class AuxiliaryLoss:
 
     Args:
         config: which loss, ``loss`` not ``none``.
+
+    Attributes:
+        fused_scores, fused_qk: the functions that compute CACR.
     """
 
     def __init__(self, config: AuxConfig) -> None:
         self.config = config
+        self.fused_scores: Callable[..., Tensor] = fused_cacr
+        self.fused_qk: Callable[..., Tensor] = fused_cacr_qk
         self.options: dict[str, Any] = {
             "kind": config.kind,
             "projection_scale": config.projection_scale,
@@ -83,13 +89,13 @@ class AuxiliaryLoss:
         if config.heads == "sum-scores":
             q, k = (x.transpose(1, 2).flatten(2).unsqueeze(1) for x in (q, k))
         if config.loss == "cacr" and config.source == "qk":
-            return len(q) * fused_cacr_qk(q, k, scale=scale, sides=sides, **spans, **self.options)
+            return len(q) * self.fused_qk(q, k, scale=scale, sides=sides, **spans, **self.options)
         scores = scale * (q @ k.mT)
         if config.heads == "mean-scores":
             scores = scores.mean(dim=1, keepdim=True)
         if config.loss == "cacr":
             if config.heads == "mean":
                 scores = block_softmax(scores, heads="mean", **spans)
-            return len(q) * fused_cacr(scores, sides=sides, **spans, **self.options)
+            return len(q) * self.fused_scores(scores, sides=sides, **spans, **self.options)
         options: dict[str, Any] = {"mode": config.loss.removeprefix("iais-"), "heads": config.heads}
         return len(q) * iais_loss(scores, sides=sides, **spans, **options)
