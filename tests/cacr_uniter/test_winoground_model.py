@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from cacr_uniter import cli
+from cacr_uniter.data.batch import Pairs
 from cacr_uniter.data.dataset import RetrievalDataset
 from cacr_uniter.data.lmdb import ImageDB, ImageDBWriter
 from cacr_uniter.errors import UserError
@@ -77,6 +78,24 @@ def test_scores_are_those_of_single_pairs_in_any_batch(world: Path) -> None:
                     single = model(dataset.batch([(example.caption_ids[c], example.images[i])])).rank_scores.item()
                 assert found[n, c, i] == pytest.approx(single, abs=1e-5)
     assert np.ptp(found) > 1e-4
+
+
+def test_a_batch_travels_to_the_device_with_every_image_once(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, dataset, examples = model_and_data(world)
+    sent: list[Pairs] = []
+    to = Pairs.to
+
+    def record(self: Pairs, device: torch.device | str, non_blocking: bool = False) -> Pairs:
+        sent.append(self)
+        return to(self, device, non_blocking)
+
+    assert examples[0].caption_ids is not None
+    pairs = [(caption, image) for caption in examples[0].caption_ids for image in examples[0].images]
+    with torch.inference_mode():
+        dense = model(dataset.batch(pairs)).rank_scores.numpy()
+    monkeypatch.setattr(Pairs, "to", record)
+    np.testing.assert_allclose(score_pairs(model, dataset, pairs), dense, rtol=0, atol=1e-6)
+    assert [(len(s), len(s.features), s.features.dtype) for s in sent] == [(4, 2, torch.float16)]
 
 
 def test_the_two_heads_and_the_mode_of_the_model(world: Path) -> None:

@@ -58,7 +58,7 @@ def score_pairs(
     try:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            batch = dataset.batch([pairs[i] for i in rows]).to(device)
+            batch = dataset.pairs([pairs[i] for i in rows]).to(device).batch()  # every image travels once, as stored
             scores[rows] = head_scores(model(batch), head).float().cpu().numpy()
             progress(min(start + batch_size, len(order)), len(order))
     finally:
