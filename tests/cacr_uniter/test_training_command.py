@@ -193,6 +193,57 @@ def test_presets_combine_and_are_valid(name: str, aux: str) -> None:
         assert config.model.freeze_layers == (12 if name == "flickr-large" else 0)
 
 
+def test_the_large_preset_is_the_base_one_but_for_its_size(tmp_path: Path) -> None:
+    base, large = (load_config(name).as_dict() for name in ("flickr-base", "flickr-large"))
+    changed = {"size": "large", "checkpoint": "data/pretrained/uniter-large.pt", "freeze_layers": 12}
+    assert large == base | {
+        "model": base["model"] | changed,
+        "run": base["run"] | {"out": "runs/flickr-large"},
+    }
+
+
+def test_a_file_builds_on_a_preset(
+    databases: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text('optim: {lr: 3e-5, steps: 7}\n"extends": flickr-base\nrun: {resume: "no", log_every: 3}\n')
+    config = load_config(None, ["--optim.clip", "9", f"--config={mine}", "--optim.warmup", "1"])
+    assert (config.optim.lr, config.optim.steps, config.optim.warmup, config.optim.clip) == (3e-5, 7, 1, 2.0)
+    assert (config.run.resume, config.run.log_every, config.batch.pool) == ("no", 3, 399)
+    mine.write_text("extends: aux-none\n")
+    assert load_config("demo", ["--config", str(mine)]).aux.loss == "none"
+    presets = tmp_path / "presets"
+    presets.mkdir()
+    monkeypatch.setattr("cacr_uniter.training.command.PRESETS", presets)
+    (presets / "one.yaml").write_text("extends: two\noptim: {steps: 3}\n")
+    (presets / "two.yaml").write_text("optim: {steps: 9, warmup: 0}\n")
+    assert main([*arguments(databases, tmp_path / "run"), "--preset", "one"]) == 0
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert "extends" not in saved
+    assert (saved["optim"]["steps"], saved["optim"]["warmup"]) == (3, 0)
+    (presets / "two.yaml").write_text("extends: one\n")
+    for text, message in (
+        ("extends: one", "two.yaml: extends one leads back to itself"),
+        ("extends: three", "no preset 'three': there are one, two"),
+        ("extends: [one]", "extends is ['one']: name one preset of one, two"),
+        ("extends: one.yaml", "no preset 'one.yaml'"),
+    ):
+        mine.write_text(text)
+        capsys.readouterr()
+        assert main(["train", "--config", str(mine)]) == 2
+        captured = capsys.readouterr().err
+        assert message in captured
+        assert captured.count("\n") == 1
+    (presets / "two.yaml").write_text("optim: {lr: fast}")
+    mine.write_text("extends: two\nrun: {seed: 1}")
+    assert main(["train", "--config", str(mine)]) == 2
+    assert "optim.lr: expected a number, got fast" in capsys.readouterr().err
+    (presets / "two.yaml").write_text("optim: {lr: 1}")
+    mine.write_text("extends: two\noptim: {lr: fast}")
+    assert main(["train", "--config", str(mine)]) == 2
+    assert "optim.lr: expected a number, got fast" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("variant", list(VARIANTS))
 def test_variants_of_the_study_are_valid(variant: str) -> None:
     check(load_config("demo", list(VARIANTS[variant])))

@@ -19,7 +19,8 @@ from cacr_uniter.errors import UserError
 from cacr_uniter.training.config import TrainConfig
 
 PRESETS = Path(__file__).parent.parent / "presets"
-
+#: key of a configuration file that names the preset on which it builds
+EXTENDS = "extends"
 
 #: what jsonargparse says of a value: the field and the value
 WRONG_VALUE = re.compile(r'Parser key "([\w.]+)".*(?:Got|Given) value: (.*)')
@@ -71,7 +72,11 @@ def build_parser() -> ArgumentParser:
         "fields may be mixed, later ones replace earlier ones.",
         exit_on_error=False,
     )
-    parser.add_argument("--config", action="config", help="YAML file with any of the fields below")
+    parser.add_argument(
+        "--config",
+        action="config",
+        help=f"YAML file with any of the fields below; `{EXTENDS}: NAME` builds on a preset",
+    )
     parser.add_argument("--plan", action="store_true", help="print the memory a step needs, and train nothing")
     parser.add_argument("--progress", type=bool, default=True, help="show a progress bar")
     parser.add_class_arguments(TrainConfig)
@@ -93,24 +98,66 @@ def _expand_presets(argv: Sequence[str]) -> list[str]:
     return expanded
 
 
-def _check_files(words: Sequence[str]) -> None:
-    """Refuses a configuration file that is no YAML mapping, by its name."""
-    named = [after for before, after in pairwise(words) if before == "--config"]
-    for name in named + [word.removeprefix("--config=") for word in words if word.startswith("--config=")]:
-        try:
-            value = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"--config {name} cannot be read ({error.strerror})") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"--config {name} is not YAML ({' '.join(str(error).split())})") from error
-        if not isinstance(value, dict):
-            raise UserError(f"--config {name}: expected fields of cacr train, got {type(value).__name__}")
+def _expand_files(words: Sequence[str]) -> list[str]:
+    """``--config FILE`` with those that the file extends before it, every one of them checked."""
+    expanded: list[str] = []
+    for before, word in pairwise(["", *words]):
+        if before == "--config":
+            expanded[-1:] = _with_extended(word, ())
+        elif word.startswith("--config="):
+            expanded += _with_extended(word.removeprefix("--config="), ())
+        else:
+            expanded.append(word)
+    return expanded
+
+
+def _with_extended(name: str, within: tuple[str, ...]) -> list[str]:
+    """Words for a configuration file: the preset that its key ``extends`` names comes first, the file's fields replace
+    its own.
+
+    Args:
+        name: path of the file.
+        within: files that extend it, from the outermost.
+    """
+    values = _read_file(name)
+    if EXTENDS not in values:
+        return ["--config", name]
+    parent = values[EXTENDS]
+    if not isinstance(parent, str):
+        raise UserError(f"--config {name}: {EXTENDS} is {parent!r}: name one preset of {', '.join(presets())}")
+    try:
+        path = str(preset_path(parent))
+    except UserError as error:
+        raise UserError(f"--config {name}: {EXTENDS}: {error}") from error
+    if path in (*within, name):
+        raise UserError(f"--config {name}: {EXTENDS} {parent} leads back to itself: name another preset")
+    return [*_with_extended(path, (*within, name)), *(["--config", _own_fields(name)] if len(values) > 1 else [])]
+
+
+def _own_fields(name: str) -> str:
+    """The file's YAML without the key ``extends``; jsonargparse takes the text in the place of a path."""
+    node = yaml.compose(Path(name).read_text(encoding="utf-8"))
+    assert isinstance(node, yaml.MappingNode)
+    node.value = [(key, value) for key, value in node.value if key.value != EXTENDS]
+    return yaml.serialize(node)
+
+
+def _read_file(name: str) -> dict[str, Any]:
+    """A configuration file; refuses one that is no YAML mapping, by its name."""
+    try:
+        value = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {name} cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {name} is not YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"--config {name}: expected fields of cacr train, got {type(value).__name__}")
+    return value
 
 
 def _parse(argv: Sequence[str]) -> dict[str, Any]:
     parser = build_parser()
-    words = _expand_presets(argv)
-    _check_files(words)
+    words = _expand_files(_expand_presets(argv))
     try:
         values = parser.parse_args(words)
         return dict(parser.instantiate(values))
