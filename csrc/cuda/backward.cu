@@ -33,10 +33,11 @@ static int backward(const Problem& problem, i64 first, i64 count) {
     if (softmax)
         error = launch(cacr_row_softmax_kernel<false>, count, row_groups, 4, kThreads, problem.stream, problem, first);
     if (!error)
-        error = launch(cacr_backward_rows_kernel<F>, count, tiles, 2, kThreads, problem.stream, problem, first);
+        error = launch(CACR_KERNEL_FOR(cacr_backward_rows_kernel, F), count, tiles, 2, kThreads, problem.stream, problem,
+                       first);
     if (!error)
-        error = launch(cacr_backward_blocks_kernel<F>, count * tiles_of_block(problem.spans), 1, 4, kThreads,
-                       problem.stream, problem, first);
+        error = launch(CACR_KERNEL_FOR(cacr_backward_blocks_kernel, F), count * tiles_of_block(problem.spans), 1, 4,
+                       kThreads, problem.stream, problem, first);
     if (!error && softmax)
         error = launch(cacr_softmax_gradient_kernel, count, row_groups, 4, kThreads, problem.stream, problem, first);
     return error;

@@ -9,30 +9,34 @@
 namespace cacr {
 
 // One 64 x 64 tile of the gradient of block [row_side, col_side] of the product.
-template <typename F>
+template <typename F, typename Tile>
 CACR_DEVICE void factor_gradient(const Problem& problem, const Place& place, const Workspace& workspace, int row_side,
-                                 int col_side, int row_start, int col_start, ProductSlices& slices, Accumulator& acc) {
+                                 int col_side, int row_start, int col_start, typename Tile::Slices& slices,
+                                 typename Tile::Accumulator& acc) {
     const int side = row_side == col_side ? 1 - row_side : row_side;  // side a, whose projection the block is part of
     if (!wants_projection(problem, place, side)) return;
     const int n = length_of(place.extent, side);
     const int m = length_of(place.extent, 1 - side);
     const int leading = workspace.columns(1 - side);
-    const View<float> w = dense_view(workspace.w(side), leading, n, m);
+    const int notes = (int)notes_of_rows(n);
+    const auto w = Tile::scaled(dense_view(workspace.w(side), leading, n, m), workspace.notes(kNotedW, side), notes);
     if (row_side == col_side) {
         const View<F> f = factor_view<F>(problem, place, workspace, side, 1 - side);
         product<Layout::transposed, Layout::transposed>(f, w, row_start, col_start, n, slices, acc);
     } else {
         const View<F> c = factor_view<F>(problem, place, workspace, 1 - side, 1 - side);
         product<Layout::plain, Layout::plain>(w, c, row_start, col_start, m, slices, acc);
-        const View<float> g = dense_view(workspace.g(side), workspace.columns(side), n, n);
-        const View<float> u = dense_view(workspace.u(side), leading, n, m);
+        const auto g = Tile::scaled(dense_view(workspace.g(side), workspace.columns(side), n, n),
+                                    workspace.notes(kNotedG, side), notes);
+        const auto u =
+            Tile::scaled(dense_view(workspace.u(side), leading, n, m), workspace.notes(kNotedU, side), notes);
         product<Layout::transposed, Layout::transposed>(g, u, row_start, col_start, n, slices, acc);
     }
 }
 
 // Rounds columns col_start + 32 part + 0..31 of the tile, plus the target's gradient, into the gradient; F is its type, as
 // the kind is not softmax.
-template <int part, typename F>
+template <int part, typename F, typename Accumulator>
 CACR_DEVICE void write_chunk(const ScoresGrad& grad, const float* target, bool add_target, int rows, int cols,
                              int leading, int row_start, int col_start, Chunk& chunk, const Accumulator& acc) {
     const int start = col_start + part * kChunk;
@@ -57,9 +61,10 @@ CACR_DEVICE void write_chunk(const ScoresGrad& grad, const float* target, bool a
 
 // Grid: problems times tiles of the largest block x 1 x the four blocks; axis y ends at 65,535, and 256 x 256 tiles are more.
 // Writes the gradients inside the spans; for kind softmax the gradients of the probabilities to the workspace.
-template <typename F>
+template <typename F, typename Target = Machine>
 CACR_KERNEL(kThreads, 4) cacr_backward_blocks_kernel(Problem problem, i64 first) {
-    CACR_SHARED(BackwardShared, shared);
+    using Tile = typename Target::template Tile<F>;
+    CACR_SHARED(BackwardShared<Tile>, shared);
     const int tiles = tiles_of_block(problem.spans);
     const int slot = (int)block_x() / tiles;
     const int tile = (int)block_x() % tiles;
@@ -75,9 +80,9 @@ CACR_KERNEL(kThreads, 4) cacr_backward_blocks_kernel(Problem problem, i64 first)
     if (row_start >= rows) return;
 
     const Workspace workspace = backward_workspace(problem, slot);
-    Accumulator acc;
+    typename Tile::Accumulator acc;
     clear(acc);
-    factor_gradient<F>(problem, place, workspace, row_side, col_side, row_start, col_start, shared.slices, acc);
+    factor_gradient<F, Tile>(problem, place, workspace, row_side, col_side, row_start, col_start, shared.slices, acc);
     if (problem.options.kind == Kind::softmax) {
         store_tile(workspace.grad_prob(row_side, col_side), workspace.columns(col_side), row_start, col_start, rows, cols,
                    acc);

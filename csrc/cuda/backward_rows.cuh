@@ -1,12 +1,13 @@
 // Backward of CACR, rows: per row block of a side, U and X again, then G = factor dL/dX, dL/dY and W = G S_ab.
 #pragma once
 
-#include "tile.cuh"
+#include "products.cuh"
 
 namespace cacr {
 
+template <typename Tile>
 union BackwardShared {
-    ProductSlices slices;
+    typename Tile::Slices slices;
     Chunk chunk;
 };
 
@@ -17,9 +18,11 @@ struct alignas(16) SharedRow {
     float weight_g;  // times the factor of X
 };
 
+template <typename Tile>
 struct BackwardRowsShared {
-    BackwardShared tiles;
+    BackwardShared<Tile> tiles;
     SharedRow rows[kTile];
+    typename Tile::RowScales scales;
 };
 
 // Whether a side's gradient goes into the projection (S_ab, S_bb), or into its target S_aa.
@@ -61,10 +64,10 @@ struct RowGradient {
 };
 
 // Turns columns col_start + 32 part + 0..31 of U S_ab^T into G and dL/dS_aa through Y (row_grad) in the workspace. rows: the
-// numbers of rows row_start + 0..63.
-template <int part, typename F>
+// numbers of rows row_start + 0..63; largest: magnitude of G so far.
+template <int part, typename F, typename Tile>
 CACR_DEVICE void differentiate_chunk(const RowGradient& to, const SharedRow* rows, int row_start, int col_start,
-                                     Chunk& chunk, const Accumulator& acc) {
+                                     Chunk& chunk, const typename Tile::Accumulator& acc, float& largest) {
     const int start = col_start + part * kChunk;
     if (start >= to.n) return;
     put_chunk<part>(chunk, acc);
@@ -88,7 +91,10 @@ CACR_DEVICE void differentiate_chunk(const RowGradient& to, const SharedRow* row
             y = logit_of_prob(y);
         }
         const RowGrad<float> grad = row_grad(rows[row].scales, to.factor * chunk.v[row][col], y);
-        if (to.wants_g) *g = rows[row].weight_g * grad.dx;
+        if (to.wants_g) {
+            *g = rows[row].weight_g * grad.dx;
+            Tile::follow(largest, *g);
+        }
         if (to.wants_target) *target = chain * grad.dy;
         from += from_step;
         g += step;
@@ -97,9 +103,10 @@ CACR_DEVICE void differentiate_chunk(const RowGradient& to, const SharedRow* row
 }
 
 // Grid: problems x ceil(max(T, R) / 64) x sides. Fills U, G, dY and W of the workspace.
-template <typename F>
+template <typename F, typename Target = Machine>
 CACR_KERNEL(kThreads, 3) cacr_backward_rows_kernel(Problem problem, i64 first) {
-    CACR_SHARED(BackwardRowsShared, shared);
+    using Tile = typename Target::template Tile<F>;
+    CACR_SHARED(BackwardRowsShared<Tile>, shared);
     const Place place = place_of(problem, first + block_x());
     const int side = block_z();
     const int row_start = block_y() * kTile;
@@ -129,25 +136,34 @@ CACR_KERNEL(kThreads, 3) cacr_backward_rows_kernel(Problem problem, i64 first) {
         const RowScales<float> scales = row_scales(row_numbers(RowStats(problem, place, side), own_row));
         shared.rows[thread_index()] = {scales, weight, weight * factor};
     }
-    ProductSlices& slices = shared.tiles.slices;
-    project_rows(f, c, row_start, workspace.u(side), leading, slices);
+    typename Tile::Slices& slices = shared.tiles.slices;
+    const float largest_u = project_rows<Tile>(f, c, row_start, workspace.u(side), leading, slices, shared.scales);
+    Tile::note(workspace.notes(kNotedU, side), row_start, largest_u);
     CACR_BARRIER();  // this block's rows of U, and shared.rows, are written
+    float largest_g = 0.0f;
     for (int col_start = 0; col_start < n; col_start += kTile) {
-        Accumulator acc;
+        typename Tile::Accumulator acc;
         clear(acc);
-        product<Layout::plain, Layout::plain, true>(u, f, row_start, col_start, m, slices, acc);
-        differentiate_chunk<0, F>(to, shared.rows, row_start, col_start, shared.tiles.chunk, acc);
-        differentiate_chunk<1, F>(to, shared.rows, row_start, col_start, shared.tiles.chunk, acc);
+        product<Layout::plain, Layout::plain, true>(Tile::scaled_rows(u, shared.scales), f, row_start, col_start, m, slices,
+                                                    acc);
+        Chunk& chunk = shared.tiles.chunk;
+        differentiate_chunk<0, F, Tile>(to, shared.rows, row_start, col_start, chunk, acc, largest_g);
+        differentiate_chunk<1, F, Tile>(to, shared.rows, row_start, col_start, chunk, acc, largest_g);
     }
     if (!to.wants_g) return;
+    Tile::note(workspace.notes(kNotedG, side), row_start, largest_g);
     CACR_BARRIER();  // this block's rows of G are written
-    const View<float> g = dense_view(to.g, to.leading, n, n);
+    const auto g = Tile::scaled(dense_view(to.g, to.leading, n, n),
+                                workspace.notes(kNotedG, side) + row_start / kGroup, kWarpsPerBlock);
+    float largest_w = 0.0f;
     for (int col_start = 0; col_start < m; col_start += kTile) {
-        Accumulator acc;
+        typename Tile::Accumulator acc;
         clear(acc);
         product<Layout::plain, Layout::transposed>(g, f, row_start, col_start, n, slices, acc);
         store_tile(workspace.w(side), leading, row_start, col_start, n, m, acc);
+        Tile::follow(largest_w, acc);
     }
+    Tile::note(workspace.notes(kNotedW, side), row_start, largest_w);
 }
 
 }  // namespace cacr

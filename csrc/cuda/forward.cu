@@ -15,8 +15,8 @@ static int forward(const Problem& problem, i64 first, i64 count) {
             error = launch(cacr_row_softmax_kernel<true>, count, ceil_div(longest, kWarpsPerBlock), 4, kThreads,
                            problem.stream, problem, first);
         if (!error)
-            error = launch(cacr_forward_kernel<F>, count, ceil_div(longest, kTile), 2, kThreads, problem.stream, problem,
-                           first);
+            error = launch(CACR_KERNEL_FOR(cacr_forward_kernel, F), count, ceil_div(longest, kTile), 2, kThreads,
+                           problem.stream, problem, first);
     }
     return error ? error : launch(cacr_loss_kernel, count, 1, 1, kWarp, problem.stream, problem, first);
 }

@@ -15,9 +15,13 @@ struct LogitChunks {
     Chunk y;
 };
 
-union ForwardShared {
-    ProductSlices slices;
-    LogitChunks logits;
+template <typename Tile>
+struct ForwardShared {
+    union {
+        typename Tile::Slices slices;
+        LogitChunks logits;
+    };
+    typename Tile::RowScales scales;
 };
 
 // Both threads of a row combine their sums; afterwards both hold the whole row.
@@ -58,7 +62,7 @@ CACR_DEVICE void add_logits(const LogitChunks& logits, int cols, bool first, flo
 }
 
 // Compares columns col_start + 32 part + 0..31 of X = factor * acc with Y, a chunk of 64 rows.
-template <int part, typename F>
+template <int part, typename F, typename Accumulator>
 CACR_DEVICE void compare_chunk(const Scores& y, bool probs, int n, int row_start, int col_start, float factor,
                                LogitChunks& logits, const Accumulator& acc, RowState<float>& state) {
     const int start = col_start + part * kChunk;
@@ -79,9 +83,10 @@ CACR_DEVICE void compare_chunk(const Scores& y, bool probs, int n, int row_start
 }
 
 // Grid: problems x ceil(max(T, R) / 64) x sides. Writes U and the row losses to the workspace, row numbers to stats.
-template <typename F>
+template <typename F, typename Target = Machine>
 CACR_KERNEL(kThreads, 3) cacr_forward_kernel(Problem problem, i64 first) {
-    CACR_SHARED(ForwardShared, shared);
+    using Tile = typename Target::template Tile<F>;
+    CACR_SHARED(ForwardShared<Tile>, shared);
     const Place place = place_of(problem, first + block_x());
     const int side = block_z();
     const int row_start = block_y() * kTile;
@@ -100,13 +105,14 @@ CACR_KERNEL(kThreads, 3) cacr_forward_kernel(Problem problem, i64 first) {
     const bool probs = problem.options.kind == Kind::probs;
     const float factor = (float)projection_factor(problem.options, m);
 
-    project_rows(f, c, row_start, workspace.u(side), leading, shared.slices);
+    project_rows<Tile>(f, c, row_start, workspace.u(side), leading, shared.slices, shared.scales);
     CACR_BARRIER();  // this block's rows of U are written
     RowState<float> state = row_begin(0.0f, 0.0f);
     for (int col_start = 0; col_start < n; col_start += kTile) {
-        Accumulator acc;
+        typename Tile::Accumulator acc;
         clear(acc);
-        product<Layout::plain, Layout::plain, true>(u, f, row_start, col_start, m, shared.slices, acc);
+        product<Layout::plain, Layout::plain, true>(Tile::scaled_rows(u, shared.scales), f, row_start, col_start, m,
+                                                    shared.slices, acc);
         compare_chunk<0, F>(y, probs, n, row_start, col_start, factor, shared.logits, acc, state);
         compare_chunk<1, F>(y, probs, n, row_start, col_start, factor, shared.logits, acc, state);
     }

@@ -119,6 +119,9 @@ struct View {
     int cols;
 };
 
+template <typename T>
+CACR_DEVICE T element_of(const View<T>&);  // only its type
+
 // A matrix of the workspace.
 CACR_DEVICE View<float> dense_view(const float* data, int leading, int rows, int cols) {
     return {data, leading, 1, rows, cols};

@@ -40,6 +40,27 @@ CACR_DEVICE unsigned short half_of_float(float value) {
     return bits;
 }
 
+// d += a b on the tensor cores (from sm_75), a warp together: a [16, 16] and b [16, 8] of halves, d [16, 8] of floats. With
+// g = lane / 4 and p = lane % 4, a lane holds, two halves a word (PTX ISA, matrix fragments of mma.m16n8k16 and m16n8k8),
+//     a: columns 2p, 2p + 1 of row g and of row g + 8, then columns 2p + 8, 2p + 9 of both;
+//     b: rows 2p, 2p + 1 of column g, then rows 2p + 8, 2p + 9;
+//     d: columns 2p, 2p + 1 of row g, then of row g + 8.
+CACR_DEVICE void multiply_add(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 750
+    CACR_UNROLL
+    for (int half = 0; half < 2; ++half)
+        asm volatile(
+            "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+            : "r"(a[2 * half]), "r"(a[2 * half + 1]), "r"(b[half]));
+#endif
+}
+
 }  // namespace cacr
 
 #else

@@ -1,7 +1,7 @@
 // Kind softmax: P = exp(S - m) / l of every block into the workspace, before anything else, and its Jacobian afterwards.
 #pragma once
 
-#include "tile.cuh"
+#include "products.cuh"
 
 namespace cacr {
 

@@ -6,6 +6,13 @@
 
 namespace cacr {
 
+constexpr int kThreads = 128;
+constexpr int kWarpsPerBlock = kThreads / kWarp;
+constexpr int kTile = 64;  // a block of threads computes 64 x 64 tiles
+
+// Magnitudes of the rows of a matrix that the backward notes: one a warp of a row block of 64.
+CACR_HD i64 notes_of_rows(i64 rows) { return (rows + kTile - 1) / kTile * kWarpsPerBlock; }
+
 CACR_HD i64 score_floats(const SpanTable& spans) {
     const i64 all = (i64)spans.n_text + spans.n_vision;
     return all * all;
@@ -18,9 +25,14 @@ CACR_HD i64 forward_floats(const Problem& problem) {
     return probs + 2 * (i64)spans.n_text * spans.n_vision + spans.n_text + spans.n_vision;
 }
 
-// Floats of one problem in the backward: P and dP of the four blocks (kind softmax), U, W, G, dY of both sides.
+// Matrices whose magnitudes the backward notes.
+enum Noted : int { kNotedU = 0, kNotedW = 1, kNotedG = 2, kNoted = 3 };
+
+// Floats of one problem in the backward: P and dP of the four blocks (kind softmax), U, W, G, dY of both sides, magnitudes.
 CACR_HD i64 backward_floats(const Problem& problem) {
-    return (problem.options.kind == Kind::softmax ? 4 : 2) * score_floats(problem.spans);
+    const SpanTable& spans = problem.spans;
+    return (problem.options.kind == Kind::softmax ? 4 : 2) * score_floats(spans) +
+           kNoted * (notes_of_rows(spans.n_text) + notes_of_rows(spans.n_vision));
 }
 
 // The matrices of the slot-th problem of a chunk.
@@ -47,6 +59,12 @@ struct Workspace {
     CACR_DEVICE float* g(int side) const { return base + 4 * cross() + own_offset(side); }
     // Backward: dL/dS_aa through Y_a [n_a, n_a].
     CACR_DEVICE float* target(int side) const { return g(side) + (i64)text * text + (i64)vision * vision; }
+    // Backward: largest |element| of U, W or G of a side, one a warp of every row block.
+    CACR_DEVICE float* notes(Noted matrix, int side) const {
+        const i64 all = (i64)text + vision;
+        return base + 2 * all * all + matrix * (notes_of_rows(text) + notes_of_rows(vision)) +
+               (side ? notes_of_rows(text) : 0);
+    }
 
     // P of block [row_side, col_side].
     CACR_DEVICE float* prob(int row_side, int col_side) const {

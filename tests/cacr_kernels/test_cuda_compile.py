@@ -29,7 +29,7 @@ def instances(types):
 def readable(mangled):
     name = re.search(r"cacr_\w+?_kernel", mangled)[0]
     for text, code in (TYPES | PASSES).items():
-        if f"{name}I{code}E" in mangled:
+        if f"{name}I{code}" in mangled:
             return f"{name}<{text}>"
     return name
 
@@ -121,7 +121,7 @@ class Nvrtc:
         return getattr(self.library, f"nvrtc{name}")(*arguments)
 
     def compile(self, source, options):
-        """The log, with the output of ptxas; fails the test if the source does not compile."""
+        """The log, with the output of ptxas, and the PTX; fails the test if the source does not compile."""
         program = ctypes.c_void_p()
         assert self.call("CreateProgram", ctypes.byref(program), source.encode(), b"cacr.cu", 0, None, None) == 0
         array = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
@@ -130,19 +130,40 @@ class Nvrtc:
         self.call("GetProgramLogSize", program, ctypes.byref(size))
         log = ctypes.create_string_buffer(size.value)
         self.call("GetProgramLog", program, log)
+        self.call("GetPTXSize", program, ctypes.byref(size))
+        ptx = ctypes.create_string_buffer(size.value)
+        self.call("GetPTX", program, ptx)
         self.call("DestroyProgram", ctypes.byref(program))
         assert status == 0, log.value.decode()
-        return log.value.decode()
+        return log.value.decode(), ptx.value.decode()
+
+
+def source_of(names):
+    lines = [f'#include "{name}.cuh"' for name in ("forward", "backward_blocks", "fill")]
+    lines += ["namespace cacr {", *(f"template __global__ void {name}(Problem, i64);" for name in names), "}"]
+    return "\n".join(lines)
+
+
+INCLUDES = [f"-I{CSRC / 'include'}", f"-I{CSRC / 'cuda'}"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", [61, 70])
 def test_nvrtc_12(architecture, record_property):
     types = ("float", "Half")  # bfloat16 is offered from sm_80
-    source = "".join(f'#include "{name}.cuh"\n' for name in ("forward", "backward_blocks", "fill"))
-    source += "namespace cacr {\n"
-    source += "".join(f"template __global__ void {name}(Problem, i64);\n" for name in instances(types))
-    source += "}\n"
     options = [f"--gpu-architecture=sm_{architecture}", "--std=c++17", "--ptxas-options=-v"]
-    log = Nvrtc().compile(source, [*options, f"-I{CSRC / 'include'}", f"-I{CSRC / 'cuda'}"])
+    log, _ = Nvrtc().compile(source_of(instances(types)), [*options, *INCLUDES])
     check(log, types, record_property)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("architecture", "shape"), [(61, None), (70, None), (75, "m16n8k8"), (80, "m16n8k16")])
+def test_only_float16_uses_tensor_cores_and_from_sm_75_on(architecture, shape):
+    names = [name for name in instances(("float", "Half")) if not name.startswith("cacr_row_softmax")]
+    options = [f"--gpu-architecture=compute_{architecture}", "--std=c++17"]
+    _, ptx = Nvrtc().compile(source_of(names), [*options, *INCLUDES])
+    entries = {readable(part): part for part in re.split(r"\.entry ", ptx)[1:] if "_kernel" in part.split("(")[0]}
+    assert entries.keys() >= set(names)
+    for name, text in entries.items():
+        shapes = set(re.findall(r"mma\.sync\.aligned\.(\w+)\.", text))
+        assert shapes == ({shape} if shape and "<Half>" in name else set()), name

@@ -80,6 +80,13 @@ class Emulation:
     def configure(self, seed, skipped_barrier=""):
         self.controls.cacr_emulation_configure(ctypes.c_ulonglong(seed), skipped_barrier.encode())
 
+    def tensor_cores(self, on):
+        self.controls.cacr_emulation_tensor_cores(int(on))
+
+    def multiply_add(self, a, b, d):
+        """One instruction of a warp: a [32, 4, 2] and b [32, 2, 2] float16, d [32, 4] float32 in place."""
+        assert self.controls.cacr_emulation_multiply_add(*(ctypes.c_void_p(x.data_ptr()) for x in (a, b, d))) == 0
+
     def launches(self):
         return self.controls.cacr_emulation_launches()
 
@@ -113,6 +120,7 @@ def emulated(emulation, monkeypatch):
     monkeypatch.setattr(native.cuda, "_run", run)
     monkeypatch.setattr(sys.modules[backends.__module__], "_why_not", lambda *_: "")
     emulation.configure(0)
+    emulation.tensor_cores(True)
     return emulation
 
 
@@ -125,6 +133,16 @@ def device(request, monkeypatch):
         pytest.skip(f"cuda: {backends()['cuda'].reason}")
     monkeypatch.setattr(native, "_new_gradients", lambda inputs: [torch.full(x.shape, NAN).to(x) for x in inputs])
     return "cpu" if request.param == "emulated" else "cuda"
+
+
+@pytest.fixture(params=["tensor cores", "multiply-adds"])
+def products(request, device):
+    """How the kernels multiply float16: emulated, as from sm_75 and as before; a card has its own way."""
+    if device == "cpu":
+        request.getfixturevalue("emulation").tensor_cores(request.param == "tensor cores")
+    elif (torch.cuda.get_device_capability() >= (7, 5)) != (request.param == "tensor cores"):
+        pytest.skip("cuda: the card multiplies float16 the other way")
+    return request.param
 
 
 @pytest.fixture
@@ -173,7 +191,7 @@ def test_options(device, kind, options):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_accumulates_in_float32(device, dtype, kind):
+def test_half_precision_accumulates_in_float32(device, products, dtype, kind):
     if device == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("cuda: bfloat16 needs compute capability 8.0")
     attn = make_input(kind, 20, 37, std=0.5, dtype=dtype, seed=1, device=device)
@@ -184,12 +202,109 @@ def test_half_precision_accumulates_in_float32(device, dtype, kind):
     assert relative_error(gradient, expected_gradient) < 0.35 * torch.finfo(dtype).eps
 
 
-def test_half_precision_gradient_overflows_to_infinity(device):
+def test_half_precision_gradient_overflows_to_infinity(device, products):
     attn = make_scores(8, 8, std=150.0, dtype=torch.float16, seed=2, device=device)
     _, (gradient,) = loss_and_gradients(lambda x: cuda(x, 8), attn)
     _, (expected,) = loss_and_gradients(lambda x: cacr_closed_form(x, 8), attn.double())
     assert torch.isinf(expected.half()).any()
     assert torch.equal(gradient.isinf(), expected.half().isinf())
+
+
+def half_precision_agrees(attn, n_text, weight=1.0, **options):
+    """float16 against float64 on the same values: the loss, and the gradient, rounded once, also row by row."""
+    loss, (gradient,) = loss_and_gradients(lambda x: cuda(x, n_text, **options) * weight, attn)
+    expected, (expected_gradient,) = loss_and_gradients(
+        lambda x: cacr_closed_form(x, n_text, **options) * weight, attn.double()
+    )
+    eps = torch.finfo(torch.float16).eps
+    assert relative_error(loss, expected) < 1e-6
+    assert relative_error(gradient, expected_gradient) < 0.35 * eps
+    # a row may lie where float16 has less than 11 bits: its rounding is half of 2^-24 an element
+    rounding = 0.5 * eps * expected_gradient.norm(dim=-1) + 2.0**-25 * attn.shape[-1] ** 0.5
+    assert ((gradient.double() - expected_gradient).norm(dim=-1) < 1.05 * rounding).all()
+
+
+@pytest.mark.parametrize(("n_text", "n_vision"), [(1, 1), (2, 7), (33, 1), (7, 63), (63, 33), (129, 2), (65, 100)])
+def test_half_precision_sizes(device, n_text, n_vision):
+    attn = make_scores(n_text, n_vision, std=0.5, dtype=torch.float16, seed=n_text, device=device)
+    half_precision_agrees(attn, n_text)
+
+
+@pytest.mark.parametrize("kind", ["scores", "probs"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sides": "text", "projection_scale": "mean"},
+        {"sides": "vision", "row_reduction": "mean"},
+        {"stop_gradient": "target"},
+        {"stop_gradient": "projection", "reduction": "none"},
+    ],
+    ids=lambda o: "-".join(map(str, o.values())),
+)
+def test_half_precision_options(device, kind, options):
+    attn = make_input(kind, 6, 19, batch=2, heads=2, std=0.5, dtype=torch.float16, seed=3, device=device)
+    half_precision_agrees(attn, 6, kind=kind, **options)
+
+
+def test_half_precision_ragged(device):
+    """Spans of several sizes in one launch, what lies outside is NaN and gets a gradient of 0."""
+    spans = {"text_start": [2, 30, 0], "n_text": [5, 70, 0], "vision_start": [8, 1, 4], "n_vision": [81, 17, 9]}
+    attn = torch.full((3, 2, 100, 100), NAN, dtype=torch.float16, device=device)
+    inside = torch.zeros_like(attn, dtype=torch.bool)
+    for example, (text, n_text, vision, n_vision) in enumerate(zip(*spans.values(), strict=True)):
+        where = torch.cat([torch.arange(text, text + n_text), torch.arange(vision, vision + n_vision)]).to(device)
+        scores = make_scores(n_text, n_vision, heads=2, std=0.5, seed=example, dtype=torch.float16, device=device)
+        attn[example][:, where[:, None], where] = scores[0]
+        inside[example][:, where[:, None], where] = True
+    table = {name: torch.tensor(values, device=device) for name, values in spans.items()}
+    loss, (gradient,) = loss_and_gradients(lambda x: cuda(x, **table, max_n_text=70, max_n_vision=81), attn)
+    expected, (expected_gradient,) = loss_and_gradients(
+        lambda x: cacr_closed_form(x, **table), attn.double().masked_fill(~inside, 0)
+    )
+    assert relative_error(loss, expected) < 1e-6
+    assert relative_error(gradient, expected_gradient) < 0.35 * torch.finfo(torch.float16).eps
+    assert (gradient[~inside] == 0).all()
+
+
+def test_half_precision_layouts(device):
+    attn = make_scores(19, 26, batch=2, heads=2, std=0.7, dtype=torch.float16, seed=6, device=device)
+    for view in (attn.mT, attn[..., 1:40, 2:41], attn[:1, :1].expand(2, 2, 45, 45)):
+        half_precision_agrees(view, 15)
+
+
+@pytest.mark.parametrize(
+    ("std", "weight", "options"),
+    [
+        # U is up to 1e6 and G down to 1e-9, then the other way round; float16 ends at 6e4 and 6e-8
+        (100.0, 1.0, {"projection_scale": 1e-6}),
+        (100.0, 2.0**10, {"projection_scale": 1e-6}),
+        (1e-2, 1.0, {"projection_scale": 1e6}),
+        (1e-3, 2.0**-20, {"projection_scale": 1e8}),
+        # X is 1e15
+        (1e4, 2.0**-40, {}),
+        (1.0, 2.0**6, {"row_reduction": "mean"}),
+    ],
+)
+def test_half_precision_of_any_magnitude(device, products, std, weight, options):
+    attn = make_scores(20, 37, dtype=torch.float64, seed=5, device=device)
+    half_precision_agrees((attn * std).half(), 20, weight, **options)
+
+
+def test_half_precision_rows_of_any_magnitude(device, products):
+    """Rows of S from 1e-4 to 1e3: their U lie nine decades apart, and each row's X has a softmax of its own."""
+    order = torch.randperm(57, generator=torch.Generator().manual_seed(0))
+    rows = torch.logspace(-4, 3, 57, dtype=torch.float64)[order]
+    attn = make_scores(20, 37, dtype=torch.float64, seed=5) * rows[:, None]
+    half_precision_agrees(attn.half().to(device), 20, projection_scale=1e-3)
+
+
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), NAN])
+def test_half_precision_is_nan_where_a_score_is_not_finite(device, products, value):
+    attn = make_scores(5, 9, dtype=torch.float16, device=device)
+    attn[..., 2, 8] = value
+    loss, (gradient,) = loss_and_gradients(lambda x: cuda(x, 5), attn)
+    assert loss.isnan()
+    assert gradient.isnan().any()
 
 
 @pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded", "heads last"])
@@ -287,8 +402,10 @@ def test_a_common_offset_of_the_scores_costs_no_precision(device, mean):
         # 1e-4 and 2e-4 where the row sums do not follow E_p[d]
         (20, 36, {"pattern": "uniform"}, (6e-6, 2e-4)),
         (20, 70, {"std": 10.0}, (2e-7, 2e-6)),
+        # float16 is not centred on tensor cores, which round to zero: 6e-8 in multiply-adds
+        (60, 100, {"std": 0.3, "mean": -3.0, "dtype": torch.float16}, (1e-6, 3e-4)),
     ],
-    ids=["common offset", "nearly uniform rows", "nearly one-hot rows"],
+    ids=["common offset", "nearly uniform rows", "nearly one-hot rows", "common offset, float16"],
 )
 def test_error_budget(device, n_text, n_vision, options, budget):
     measured = score_errors(cuda, n_text, n_vision, count=3, device=device, **options)
@@ -296,10 +413,10 @@ def test_error_budget(device, n_text, n_vision, options, budget):
     assert measured.gradient <= budget[1]
 
 
-def test_congruent_attention_has_zero_loss_and_gradient(device):
-    loss, (gradient,) = loss_and_gradients(
-        lambda x: cuda(x, 33), make_scores(33, 33, pattern="congruent", device=device)
-    )
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_congruent_attention_has_zero_loss_and_gradient(device, dtype):
+    attn = make_scores(33, 33, pattern="congruent", dtype=dtype, device=device)
+    loss, (gradient,) = loss_and_gradients(lambda x: cuda(x, 33), attn)
     assert loss == 0
     assert (gradient == 0).all()
 
@@ -331,6 +448,50 @@ def test_offsets_beyond_32_bits(device):
     assert torch.equal(gradient, expected_gradient)
 
 
+def fragments(matrix, rows, words):
+    """[32, words, 2] as the lanes of a warp hold a matrix [rows, 16] (PTX ISA, mma.m16n8k16; b by columns)."""
+    held = torch.empty(32, words, 2, dtype=torch.float16)
+    for lane in range(32):
+        for i in range(2 * words):
+            upper = rows == 16 and not (0 <= i < 2 or 4 <= i < 6)
+            right = i >= 4 if rows == 16 else i >= 2
+            row = lane // 4 + (8 if upper else 0)
+            column = lane % 4 * 2 + (i & 1) + (8 if right else 0)
+            held[lane, i // 2, i % 2] = matrix[row, column]
+    return held
+
+
+def multiply_add(emulation, a, b, c):
+    """c + a b^T of a [16, 16], b [8, 16] in float16 by one emulated instruction."""
+    held = torch.empty(32, 4)
+    places = [[(lane // 4 + i // 2 * 8, lane % 4 * 2 + (i & 1)) for i in range(4)] for lane in range(32)]
+    for lane, i in ((lane, i) for lane in range(32) for i in range(4)):
+        held[lane, i] = c[places[lane][i]]
+    emulation.multiply_add(fragments(a, 16, 4), fragments(b, 8, 2), held)
+    result = torch.empty(16, 8)
+    for lane, i in ((lane, i) for lane in range(32) for i in range(4)):
+        result[places[lane][i]] = held[lane, i]
+    return result
+
+
+def test_emulated_tensor_core_multiplies_the_fragments_of_the_ptx_isa(emulation):
+    generator = torch.Generator().manual_seed(0)
+    a, b, c = (torch.randint(-99, 100, s, generator=generator) for s in ((16, 16), (8, 16), (16, 8)))
+    result = multiply_add(emulation, a.half(), b.half(), c.float())
+    assert torch.equal(result.long(), c + a @ b.T)
+
+
+def test_emulated_tensor_core_truncates(emulation):
+    """Four products and the accumulator are cut off at the 24 bits of the largest of them, their sum at its own."""
+    a, b, c = torch.zeros(16, 16).half(), torch.ones(8, 16).half(), torch.full((16, 8), -(2.0**24))
+    c[1] = 0
+    a[0, 0] = -1.75
+    a[1, :4] = torch.tensor([1024.0, 2.0**-13, -1024.0, 2.0**-14])
+    result = multiply_add(emulation, a, b, c)
+    assert (result[0] == -(2**24)).all()
+    assert (result[1] == 2**-13).all()
+
+
 def test_only_axis_x_grows_with_the_square_of_the_tokens(emulated):
     """Axis y ends at 65,535 blocks: 256 x 256 tiles are more. The bounds of the spans size the launches."""
     attn = make_scores(640, 20, seed=1)
@@ -344,25 +505,28 @@ def test_gradients_are_filled_first_only_if_spans_leave_something(emulated, n_vi
     assert emulated.launches() == launches  # forward, loss, [fill], rows, blocks
 
 
-def test_no_order_of_threads_and_blocks_changes_a_bit(device, emulated_order):
-    attn = make_input("softmax", 35, 66, batch=2, std=0.5, device=device)
+@pytest.mark.parametrize(("kind", "dtype"), [("softmax", torch.float32), ("scores", torch.float16)])
+def test_no_order_of_threads_and_blocks_changes_a_bit(device, emulated_order, kind, dtype):
+    attn = make_input(kind, 35, 66, batch=2, std=0.5, dtype=dtype, device=device)
     results = []
     for seed in range(3):
         emulated_order(seed)
-        loss, (gradient,) = loss_and_gradients(lambda x: cuda(x, 35, kind="softmax"), attn)
+        loss, (gradient,) = loss_and_gradients(lambda x: cuda(x, 35, kind=kind), attn)
         results.append((loss, gradient))
     assert all(torch.equal(loss, results[0][0]) and torch.equal(g, results[0][1]) for loss, g in results[1:])
 
 
-def test_every_barrier_is_needed(emulated):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_every_barrier_is_needed(emulated, dtype):
     """With any one of the barriers taken out, results differ or the emulation refuses: a missing one is found."""
 
     def results():
         """Loss and gradient for several and for one tile a row; NaN where the emulation refuses."""
         values = []
         for n_text in (66, 20):
+            attn = make_scores(n_text, 35, std=0.5, dtype=dtype)
             try:
-                loss, (gradient,) = loss_and_gradients(lambda x, n=n_text: cuda(x, n), make_scores(n_text, 35, std=0.5))
+                loss, (gradient,) = loss_and_gradients(lambda x, n=n_text: cuda(x, n), attn)
             except RuntimeError:
                 return torch.tensor(NAN)
             values += [loss.flatten(), gradient.flatten()]

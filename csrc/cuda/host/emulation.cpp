@@ -4,6 +4,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <cmath>
 #include <memory>
 #include <random>
 #include <set>
@@ -21,12 +22,20 @@ constexpr size_t kStackBytes = 64 << 10;
 
 enum class State { ready, at_barrier, at_shuffle, finished };
 
+// What a lane gives its warp.
+struct Message {
+    bool fragments;  // of a product, or the value of a shuffle
+    float value;
+    unsigned a[4];
+    unsigned b[2];
+};
+
 struct Fiber {
     ucontext_t context;
     std::unique_ptr<char[]> stack;
     State state = State::finished;
-    float sent[2] = {0, 0};  // values of the last two shuffles: a lane may be one shuffle ahead of its warp
-    int shuffles = 0;
+    Message sent[2];  // the last two: a lane may be one ahead of its warp
+    int messages = 0;
 };
 
 struct Settings {
@@ -34,6 +43,7 @@ struct Settings {
     std::string skipped;  // barrier site that does nothing
     std::set<std::string> sites;
     std::string error;
+    bool tensor_cores = true;
     int launches = 0;
     int largest_y = 0;  // of the grids launched
 } settings;
@@ -95,7 +105,7 @@ void start(int thread) {
     fiber.context.uc_stack.ss_size = kStackBytes;
     fiber.context.uc_link = &block.scheduler;
     makecontext(&fiber.context, fiber_main, 0);
-    fiber.shuffles = 0;
+    fiber.messages = 0;
     wake(thread);
 }
 
@@ -122,6 +132,48 @@ void run_block(int threads) {
     if (block.finished < threads) fail("threads wait for each other at different places");
 }
 
+// Sends a message to the warp; when it returns, all lanes have sent theirs to the slot.
+int exchange(const Message& message) {
+    Fiber& fiber = block.fibers[(size_t)block.current];
+    const int slot = fiber.messages++ % 2;
+    fiber.sent[slot] = message;
+    wait_as(State::at_shuffle);
+    return slot;
+}
+
+const Message& received(int thread, int slot, bool fragments) {
+    const Message& message = block.fibers[(size_t)thread].sent[slot];
+    if (message.fragments != fragments) fail("lanes of a warp meet at different instructions");
+    return message;
+}
+
+const std::vector<double>& half_values() {
+    static std::vector<double> values;
+    if (values.empty())
+        for (int bits = 0; bits < 1 << 16; ++bits) values.push_back(float_of_half((unsigned short)bits));
+    return values;
+}
+
+constexpr int kSummands = 4;  // products that a tensor core adds at a time
+
+// The accumulator plus exact products as tensor cores form it: all are cut off at the 24 bits of the largest of them, and so is
+// the sum. Cards round no worse (Fasi et al., "Numerical behavior of NVIDIA tensor cores", 2021: Volta so, later ones keep
+// more bits).
+float tensor_core_sum(float accumulator, const double (&products)[kSummands]) {
+    double largest = fabs((double)accumulator);
+    double sum = accumulator;
+    for (const double product : products) {
+        largest = largest >= fabs(product) ? largest : fabs(product);
+        sum += product;
+    }
+    if (!(largest > 0) || !std::isfinite(sum)) return (float)sum;
+    const double unit = ldexp(1.0, ilogb(largest) - 23);
+    sum = trunc(accumulator / unit);
+    for (const double product : products) sum += trunc(product / unit);
+    const double last = fabs(sum) < 1 << 24 ? 1.0 : ldexp(1.0, ilogb(sum) - 23);
+    return (float)(trunc(sum / last) * last * unit);
+}
+
 }  // namespace
 
 int thread_index() { return block.current; }
@@ -139,13 +191,34 @@ void barrier(const char* file, int line) {
 }
 
 float shuffle_xor(float value, int mask) {
-    Fiber& fiber = block.fibers[(size_t)block.current];
-    const int slot = fiber.shuffles++ % 2;
-    fiber.sent[slot] = value;
     const int thread = block.current;
-    wait_as(State::at_shuffle);
-    return block.fibers[(size_t)(thread ^ mask)].sent[slot];
+    const int slot = exchange({false, value, {}, {}});
+    return received(thread ^ mask, slot, false).value;
 }
+
+// The fragments as the PTX ISA lays them out over the lanes (mma.m16n8k16; the halves of it are mma.m16n8k8).
+void multiply_add(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+    const int thread = block.current;
+    const int slot = exchange({true, 0, {a[0], a[1], a[2], a[3]}, {b[0], b[1]}});
+    const int first = thread / kLanes * kLanes;
+    for (int i = 0; i < 4; ++i) {
+        const int row = thread % kLanes / 4 + i / 2 * 8;
+        const int col = thread % 4 * 2 + i % 2;
+        for (int k = 0; k < 16; k += kSummands) {
+            double products[kSummands];
+            for (int s = 0; s < kSummands; ++s) {
+                const int lane = (k + s) % 8 / 2;
+                const unsigned word_a = received(first + row % 8 * 4 + lane, slot, true).a[row / 8 + (k + s) / 8 * 2];
+                const unsigned word_b = received(first + col * 4 + lane, slot, true).b[(k + s) / 8];
+                const int shift = (k + s) % 2 * 16;
+                products[s] = half_values()[word_a >> shift & 0xffff] * half_values()[word_b >> shift & 0xffff];
+            }
+            d[i] = tensor_core_sum(d[i], products);
+        }
+    }
+}
+
+bool tensor_cores() { return settings.tensor_cores; }
 
 void* shared_memory(size_t bytes) {
     if (block.shared.size() < bytes) block.shared.resize(bytes, 0xff);
@@ -188,7 +261,27 @@ int cacr_device_count_cuda(const char** reason) {
 extern "C" __attribute__((visibility("default"))) void cacr_emulation_configure(unsigned long long seed, const char* skipped_barrier) {
     cacr::emulation::settings.random.seed(seed);
     cacr::emulation::settings.skipped = skipped_barrier;
+    cacr::emulation::settings.sites.clear();
     cacr::emulation::settings.launches = cacr::emulation::settings.largest_y = 0;
+}
+
+// Whether float16 scores are multiplied on tensor cores, as from sm_75.
+extern "C" __attribute__((visibility("default"))) void cacr_emulation_tensor_cores(int on) {
+    cacr::emulation::settings.tensor_cores = on != 0;
+}
+
+// One instruction of a warp: the words of 32 lanes, a [32, 4] and b [32, 2], d [32, 4] in and out.
+extern "C" __attribute__((visibility("default"))) int cacr_emulation_multiply_add(const unsigned* a, const unsigned* b, float* d) {
+    return cacr::emulation::run_grid(1, 1, 1, cacr::emulation::kLanes, [&] {
+        const int lane = cacr::thread_index();
+        unsigned own_a[4], own_b[2];
+        float own_d[4];
+        memcpy(own_a, a + 4 * lane, sizeof(own_a));
+        memcpy(own_b, b + 2 * lane, sizeof(own_b));
+        memcpy(own_d, d + 4 * lane, sizeof(own_d));
+        cacr::multiply_add(own_d, own_a, own_b);
+        memcpy(d + 4 * lane, own_d, sizeof(own_d));
+    });
 }
 
 // Kernels launched so far, and the largest axis y of their grids.

@@ -26,6 +26,9 @@ int thread_index();
 i64 block_index(int axis);
 void barrier(const char* file, int line);
 float shuffle_xor(float value, int mask);
+void multiply_add(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]);
+// Whether kernels that can use tensor cores do.
+bool tensor_cores();
 void* shared_memory(size_t bytes);
 // Runs body once for every thread of every block; 0, or 1 with the reason kept for cacr_error_cuda.
 int run_grid(i64 x, int y, int z, int threads, const std::function<void()>& body);
@@ -37,6 +40,9 @@ inline i64 block_x() { return emulation::block_index(0); }
 inline int block_y() { return (int)emulation::block_index(1); }
 inline int block_z() { return (int)emulation::block_index(2); }
 inline float shuffle_xor(float value, int mask) { return emulation::shuffle_xor(value, mask); }
+inline void multiply_add(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+    emulation::multiply_add(d, a, b);
+}
 
 inline unsigned bits_of(float value) {
     unsigned bits;
