@@ -221,6 +221,34 @@ def test_a_damaged_checkpoint_is_named_and_so_is_the_one_before(tmp_path: Path, 
     checkpoints.load(good)
 
 
+@pytest.mark.parametrize("name", [checkpoints.MODEL, checkpoints.OPTIMIZER])
+def test_one_flipped_bit_is_noticed(tmp_path: Path, name: str) -> None:
+    """Else it would train on, or diverge and be called the last good checkpoint."""
+    small_run(small_config(tmp_path, optim__steps=2))
+    path = tmp_path / "checkpoints" / "step-00000002" / name
+    data = bytearray(path.read_bytes())
+    data[-7] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=rf"damaged \({name} is not what was written\): .* with run.overwrite true"):
+        small_run(small_config(tmp_path, optim__steps=2))
+    state = path.parent / checkpoints.STATE
+    values = json.loads(state.read_text())
+    del values["crc32"]
+    state.write_text(json.dumps(values))
+    checkpoints.load(path.parent)  # as written by earlier versions
+
+
+@pytest.mark.parametrize("field", ["bytes", "step", "config", "extra"])
+def test_a_state_that_lacks_something_is_damage(tmp_path: Path, field: str) -> None:
+    small_run(small_config(tmp_path, optim__steps=2))
+    state = tmp_path / "checkpoints" / "step-00000002" / checkpoints.STATE
+    values = json.loads(state.read_text())
+    for changed in ({k: v for k, v in values.items() if k != field}, values | {field: None}):
+        state.write_text(json.dumps(changed))
+        with pytest.raises(UserError, match=r"damaged \(state\.json is not as it was written"):
+            small_run(small_config(tmp_path, optim__steps=2))
+
+
 def test_a_pickle_in_place_of_weights_is_not_run(tmp_path: Path) -> None:
     out = tmp_path / "run"
     small_run(small_config(out, optim__steps=2))
@@ -229,6 +257,7 @@ def test_a_pickle_in_place_of_weights_is_not_run(tmp_path: Path) -> None:
     state = path.parent / checkpoints.STATE
     values = json.loads(state.read_text())
     values["bytes"][checkpoints.MODEL] = path.stat().st_size
+    del values["crc32"]
     state.write_text(json.dumps(values))
     with pytest.raises(UserError, match="damaged"):
         small_run(small_config(out, optim__steps=2))

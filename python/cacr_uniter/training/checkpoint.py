@@ -1,8 +1,8 @@
 """Checkpoints: written whole or not at all, read without executing anything.
 
 A checkpoint is the folder ``step-00000500`` with ``model.safetensors`` (published keys), ``optimizer.safetensors``,
-``uniter.json`` (model sizes) and ``state.json`` (step, configuration, sizes of the other files). It is written as
-``.part-step-...``, flushed to the disk and renamed: under its final name it is complete.
+``uniter.json`` (model sizes) and ``state.json`` (step, configuration, sizes and checksums of the other files). It is
+written as ``.part-step-...``, flushed to the disk and renamed: under its final name it is complete.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -87,6 +88,7 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
             "config": checkpoint.config,
             "extra": checkpoint.extra,
             "bytes": {name: (part / name).stat().st_size for name in (MODEL, OPTIMIZER, SIZES)},
+            "crc32": {name: _sum(part / name) for name in (MODEL, OPTIMIZER, SIZES)},
         }
         (part / STATE).write_text(json.dumps(state, indent=2), encoding="utf-8")
         for path in (*part.iterdir(), part):
@@ -124,17 +126,37 @@ def load(path: Path) -> Checkpoint:
     state = _read_json(path, STATE)
     if state.get("format") != FORMAT:
         raise UserError(f"checkpoint {path}: format {state.get('format')!r}, this program reads {FORMAT}")
-    for name, size in state["bytes"].items():
+    try:
+        _check_files(path, state["bytes"], state.get("crc32", {}))
+        model, optimizer = load_file(path / MODEL), load_file(path / OPTIMIZER)
+        return Checkpoint(
+            int(state["step"]), model, optimizer, _read_json(path, SIZES), dict(state["config"]), dict(state["extra"])
+        )
+    except (OSError, SafetensorError) as error:
+        raise _damaged(path, str(error)) from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _damaged(path, f"{STATE} is not as it was written: {type(error).__name__} {error}") from error
+
+
+def _check_files(path: Path, sizes: dict[str, int], sums: dict[str, int]) -> None:
+    """Compares the files with what was written; older checkpoints have no sums."""
+    for name, size in sizes.items():
         actual = (path / name).stat().st_size if (path / name).is_file() else None
         if actual != size:
             came = "it is missing" if actual is None else f"it has {actual}"
             raise _damaged(path, f"{name} should have {size} bytes, {came}")
-    try:
-        model, optimizer = load_file(path / MODEL), load_file(path / OPTIMIZER)
-    except (OSError, SafetensorError) as error:
-        raise _damaged(path, str(error)) from error
-    sizes = _read_json(path, SIZES)
-    return Checkpoint(state["step"], model, optimizer, sizes, state["config"], state["extra"])
+    for name, expected in sums.items():
+        if _sum(path / name) != expected:
+            raise _damaged(path, f"{name} is not what was written")
+
+
+def _sum(path: Path) -> int:
+    """CRC-32 of a file."""
+    found = 0
+    with path.open("rb") as stream:
+        while piece := stream.read(1 << 22):
+            found = zlib.crc32(piece, found)
+    return found
 
 
 def plain_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -214,7 +236,9 @@ def _remove(path: Path) -> None:
 def _damaged(path: Path, reason: str) -> UserError:
     others = [other for other in checkpoints(path.parent) if other != path]
     advice = (
-        f"delete it to continue from {others[-1]}" if others else "there is no other one in its folder: start again"
+        f"delete it to continue from {others[-1]}"
+        if others
+        else "there is no other one in its folder: start again with run.overwrite true"
     )
     return UserError(f"checkpoint {path} is damaged ({reason}): {advice}")
 
