@@ -206,8 +206,13 @@ def test_plan_from_the_command(databases: Path, tmp_path: Path, capsys: pytest.C
     assert "8 text columns and 5 regions" in shown
     assert "11.0 GB hold batch.pairs_per_forward up to 16, a whole step" in shown
     assert not (tmp_path / "x").exists()
-    assert main(["train", *words, "--run.memory_limit", "1MB", "--plan"]) == 0
-    assert "1.0 MB do not hold one group of 4 pairs" in capsys.readouterr().out
+    for limit, fields, advice in (
+        ("1MB", [], "1.0 MB do not hold one group of 4 pairs: weights, gradients and moments alone need 35"),
+        ("35.8MB", ["--model.hidden_size", "32"], "model.activation_checkpointing true, fewer"),
+        ("36MB", ["--batch.pool", "20000"], "try a smaller batch.score_chunk or batch.pool"),
+    ):
+        assert main(["train", *words, *fields, "--run.memory_limit", limit, "--plan"]) == 0
+        assert advice in capsys.readouterr().out
 
 
 def test_the_plan_takes_its_sizes_from_a_checkpoint(

@@ -106,7 +106,7 @@ class Plan:
             f"batch of {pairs} pairs": use.batch,
             "activations, with the weights that autocast casts": use.activations,
             "temporaries of the backward": use.backward,
-            "scoring of a pool (not at the same time)": use.scoring,
+            "scoring without gradient (not at the same time)": use.scoring,
             f"peak, {FRAGMENTATION:.0%} fragmentation included": self.peak(pairs),
         }
         return [(part, show_size(size)) for part, size in sizes.items()]
@@ -177,18 +177,34 @@ def show_plan(config: TrainConfig) -> None:
     console = Console()
     console.print(table)
     for note in notes:
-        console.print(note, highlight=False)
+        _say(console, note)
     limit = available_memory(config)
     if limit is None:
-        console.print("give run.memory_limit to see the largest batch.pairs_per_forward", highlight=False)
+        _say(console, "give run.memory_limit to see the largest batch.pairs_per_forward")
         return
     most = plan.largest(limit)
     if most:
         whole = ", a whole step" if most == plan.dry_run.whole * plan.group else ""
-        console.print(f"{show_size(limit)} hold batch.pairs_per_forward up to {most}{whole}", highlight=False)
+        _say(console, f"{show_size(limit)} hold batch.pairs_per_forward up to {most}{whole}")
     else:
-        console.print(
-            f"{show_size(limit)} do not hold one group of {config.batch.negatives + 1} pairs: "
-            "try model.activation_checkpointing true, fewer batch.negatives or a larger model.freeze_layers",
-            highlight=False,
+        _say(console, f"{show_size(limit)} do not hold one group of {plan.group} pairs: {_advice(plan, limit)}")
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, soft_wrap=True)
+
+
+def _advice(plan: Plan, limit: int) -> str:
+    """What to change where not even one group fits."""
+    room, use = limit / (1 + FRAGMENTATION) - plan.fixed, plan.use(plan.group)
+    if room <= 0:
+        return (
+            f"weights, gradients and moments alone need {show_size(plan.fixed * (1 + FRAGMENTATION))}; try a larger "
+            "model.freeze_layers or a smaller model"
         )
+    cures = []
+    if use.scoring > room:
+        cures.append("a smaller batch.score_chunk or batch.pool")
+    if use.training > room:
+        cures.append("model.activation_checkpointing true, fewer batch.negatives or a larger model.freeze_layers")
+    return f"try {'; and '.join(cures)}"
