@@ -204,8 +204,11 @@ def test_plan_from_the_command(databases: Path, tmp_path: Path, capsys: pytest.C
     assert main(["train", *words, "--run.memory_limit", "11GB", "--plan"]) == 0
     shown = capsys.readouterr().out
     assert "8 text columns and 5 regions" in shown
+    assert "batch of 8 pairs" in shown
     assert "11.0 GB hold batch.pairs_per_forward up to 16, a whole step" in shown
     assert not (tmp_path / "x").exists()
+    assert main(["train", *words, "--batch.pairs_per_forward", "9999", "--plan"]) == 0
+    assert "batch of 16 pairs" in capsys.readouterr().out
     for limit, fields, advice in (
         ("1MB", [], "1.0 MB do not hold one group of 4 pairs: weights, gradients and moments alone need 35"),
         ("35.8MB", ["--model.hidden_size", "32"], "model.activation_checkpointing true, fewer"),

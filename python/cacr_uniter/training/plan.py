@@ -35,7 +35,7 @@ class Plan:
     Args:
         dry_run: counts what a step needs.
         group: pairs of a group.
-        portion: pairs of a portion with gradient, in whole groups, as configured.
+        portion: pairs of a portion with gradient, in whole groups, as configured; at most a whole step.
     """
 
     dry_run: DryRun
@@ -124,9 +124,9 @@ def make_plan(
         regions: most regions of an image.
         dtype: of the region features as they are stored.
     """
-    group = config.batch.negatives + 1
-    portion = config.batch.pairs_per_forward // group * group
-    return Plan(DryRun(sizes, config, text, regions, dtype), group, portion)
+    group, dry_run = config.batch.negatives + 1, DryRun(sizes, config, text, regions, dtype)
+    portion = min(config.batch.pairs_per_forward // group, dry_run.whole) * group
+    return Plan(dry_run, group, portion)
 
 
 def plan_run(config: TrainConfig) -> tuple[Plan, list[str]]:
@@ -171,7 +171,7 @@ def show_plan(config: TrainConfig) -> None:
     """Prints the plan as a table, and the largest portion that fits."""
     check(config)
     plan, notes = plan_run(config)
-    table = Table("part", "estimate", title="memory of one process")
+    table = Table("part", "estimate", title="GPU memory of one process")
     for row in plan.rows():
         table.add_row(*row)
     console = Console()
