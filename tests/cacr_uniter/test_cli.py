@@ -190,7 +190,7 @@ def test_scores_and_examples_must_belong_together(capsys: pytest.CaptureFixture[
     scores, examples = tmp_path / "scores.jsonl", tmp_path / "examples.json"
     scores.write_text(FOUR)
     row = {"caption_0": "a", "caption_1": "b"}
-    for ids, message in (([1], "no scores of example '1'"), ([0, 1], "no scores of example '1'")):
+    for ids, message in (([1], "lacks example '1' of"), ([0, 1], "lacks example '1' of")):
         examples.write_text(json.dumps([{"id": n, **row} for n in ids]))
         status, _, err = run(capsys, "eval", "winoground", "--scores", str(scores), "--examples", str(examples))
         assert status == 2
@@ -199,7 +199,11 @@ def test_scores_and_examples_must_belong_together(capsys: pytest.CaptureFixture[
     examples.write_text(json.dumps([{"id": 0, **row}]))
     status, _, err = run(capsys, "eval", "winoground", "--scores", str(scores), "--examples", str(examples))
     assert status == 2
-    assert "1 examples more" in err
+    assert f"score file {scores} has 1 examples more than {examples}: the two must belong together" in err
+    examples.write_text(json.dumps([{"id": 0, **row}, {"id": 1, **row}, {"id": 2, **row}]))
+    status, _, err = run(capsys, "eval", "winoground", "--scores", str(scores), "--examples", str(examples))
+    assert status == 2
+    assert f"score file {scores} lacks example '2' of {examples}: the two must belong together" in err
 
 
 def test_tables_show_the_breakdowns_that_are_asked_for(capsys: pytest.CaptureFixture[str]) -> None:

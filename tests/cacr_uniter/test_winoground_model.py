@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -219,6 +220,36 @@ def test_a_ranking_head_made_of_the_matching_head_is_told(
         model.rank_output.bias.copy_(model.itm_output.bias[1:2])
     found = np.stack([read_scores(scores)[example.id] for example in examples])
     np.testing.assert_allclose(found, score_examples(model, dataset, examples), atol=1e-6)
+
+
+def test_wrong_tags_are_told_before_the_model_scores(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cacr_uniter.evaluation.scoring.score_pairs", lambda *_, **__: pytest.fail("scored"))
+    (tmp_path / "other.json").write_text('{"9999": ["hard"]}')
+    words = ["eval", "winoground", "--checkpoint", str(world / "run"), "--data", str(world / "scenes")]
+    for options, message in (
+        (["--breakdown", "difficulty"], "--breakdown difficulty: the examples say nothing about it"),
+        (["--difficulty", str(tmp_path / "other.json")], "none of the examples has an entry there"),
+        (["--difficulty", str(tmp_path / "absent.json")], "cannot be read"),
+    ):
+        assert cli.main([*words, *options]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_score_file_that_cannot_be_written_leaves_no_rest_and_the_tables(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Path, target: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
+
+    words = ["eval", "winoground", "--checkpoint", str(world / "run"), "--data", str(world / "scenes")]
+    monkeypatch.setattr(Path, "replace", full)
+    assert cli.main([*words, "--write-scores", str(tmp_path / "scores.jsonl")]) == 2
+    captured = capsys.readouterr()
+    assert "no space left on device" in captured.err
+    assert "Winoground, 12 examples" in captured.out
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_devices_that_are_not_there_are_refused() -> None:

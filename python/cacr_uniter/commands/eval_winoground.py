@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +16,39 @@ from cacr_uniter.errors import UserError
 from cacr_uniter.evaluation.examples import BREAKDOWNS, Example, breakdowns, read_difficulty, read_examples
 from cacr_uniter.evaluation.winoground import METRICS, Scores, read_scores, summary, write_scores
 
+Breakdowns = dict[str, dict[str, list[int]]]
+Opened = tuple[list[str], list[Example], Callable[[], Scores]]
+"""Ids, examples (none where nothing tells of them) and what gives the scores [n, 2, 2]."""
+
 
 def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
     _check(args)
-    ids, scores, examples = _from_file(args) if args.scores else _from_model(args)
-    if args.write_scores:
-        write_scores(args.write_scores, ids, scores)
+    ids, examples, score = _from_file(args) if args.scores else _from_model(args)
+    groups = _groups(args, ids, examples)
+    scores = score()
+    report = summary(scores, groups)
+    try:
+        if args.write_scores:
+            write_scores(args.write_scores, ids, scores)
+    finally:  # scoring took long: a full disk does not take its result too
+        if args.json:
+            print(json.dumps(report, indent=1))
+        else:
+            show(report, args.breakdown)
+    return 0
+
+
+def _groups(args: argparse.Namespace, ids: list[str], examples: list[Example]) -> Breakdowns:
+    """Examples of each breakdown; what is wrong with the tags is said here, before anything is scored."""
     difficulty = _difficulty(args.difficulty, ids) if args.difficulty else None
     if difficulty is not None and not examples:
         examples = [Example(key, ("", ""), ("", "")) for key in ids]
-    report = summary(scores, breakdowns(examples, difficulty) if examples else None)
-    absent = [name for name in args.breakdown if not any(name == key.split()[0] for key in report["breakdowns"])]
+    groups = breakdowns(examples, difficulty) if examples else {}
+    absent = [name for name in args.breakdown if not any(name == key.split()[0] for key in groups)]
     if absent:
         raise UserError(f"--breakdown {absent[0]}: the examples say nothing about it; give --examples or --difficulty")
-    if args.json:
-        print(json.dumps(report, indent=1))
-    else:
-        show(report, args.breakdown)
-    return 0
+    return groups
 
 
 def _difficulty(path: Path, ids: list[str]) -> dict[str, list[str]]:
@@ -69,7 +83,7 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"--breakdown: expected some of {', '.join(BREAKDOWNS)}, got {unknown[0]!r}")
 
 
-def _from_file(args: argparse.Namespace) -> tuple[list[str], Scores, list[Example]]:
+def _from_file(args: argparse.Namespace) -> Opened:
     found = read_scores(args.scores)
     path = args.examples or (args.data / "winoground.json" if args.data else None)
     examples = read_examples(path) if path else []
@@ -77,12 +91,12 @@ def _from_file(args: argparse.Namespace) -> tuple[list[str], Scores, list[Exampl
     absent = [key for key in ids if key not in found]
     surplus = len(found) + len(absent) - len(ids)
     if absent or surplus:
-        what = f"has no scores of example {absent[0]!r}" if absent else f"has {surplus} examples more"
-        raise UserError(f"score file {args.scores} {what} than {path}: the two must belong together")
-    return ids, np.stack([found[key] for key in ids]), examples
+        what = f"lacks example {absent[0]!r} of" if absent else f"has {surplus} examples more than"
+        raise UserError(f"score file {args.scores} {what} {path}: the two must belong together")
+    return ids, examples, lambda: np.stack([found[key] for key in ids])
 
 
-def _from_model(args: argparse.Namespace) -> tuple[list[str], Scores, list[Example]]:
+def _from_model(args: argparse.Namespace) -> Opened:
     from cacr_uniter.commands.progress import bars, tell
     from cacr_uniter.evaluation.scoring import Head, load_model, open_examples, pick_device, run_rule, score_examples
 
@@ -93,16 +107,19 @@ def _from_model(args: argparse.Namespace) -> tuple[list[str], Scores, list[Examp
     device = pick_device(args.device or "auto")
     model = load_model(args.checkpoint, args.model_size, vocab_size, dataset.feature_dim, device, head, tell)
     tell(f"regions of {dataset.image_db.folder}: {dataset.image_db.rule}")
-    with bars() as progress:
-        scores = score_examples(
-            model,
-            dataset,
-            examples,
-            head,
-            args.batch_size or 256,
-            lambda done, total: progress("pairs", done, total),
-        )
-    return [example.id for example in examples], scores, examples
+
+    def score() -> Scores:
+        with bars() as progress:
+            return score_examples(
+                model,
+                dataset,
+                examples,
+                head,
+                args.batch_size or 256,
+                lambda done, total: progress("pairs", done, total),
+            )
+
+    return [example.id for example in examples], examples, score
 
 
 def show(report: dict[str, Any], wanted: Sequence[str] = ()) -> None:

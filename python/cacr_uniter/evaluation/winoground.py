@@ -127,8 +127,11 @@ def write_scores(path: Path, ids: Sequence[str], scores: Scores) -> None:
         for i in (0, 1)
     )
     partial = path.with_name(path.name + ".partial")
-    partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    partial.replace(path)
+    try:
+        partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def summary(scores: Scores, groups: Mapping[str, Mapping[str, Sequence[int]]] | None = None) -> dict[str, Any]:
