@@ -46,7 +46,9 @@ CACR_HD RowState<T> row_begin(T max_x, T max_y) {
     return s;
 }
 
-// Raises the running maxima to at least (tile_max_x, tile_max_y): d moves by `shift`, the sums are rescaled.
+// Raises the running maxima to at least (tile_max_x, tile_max_y): d and c of the elements so far move by `shift`. c follows in
+// place of the dots, whose small differences would be rounded at the size of `shift`; but where these elements lose most of
+// their weight in p, E_p[d] stays behind, and c becomes 0, the d of an element that is the largest in x and in y.
 template <typename T>
 CACR_HD void row_raise(RowState<T>& s, T tile_max_x, T tile_max_y) {
     const T max_x = tile_max_x > s.max_x ? tile_max_x : s.max_x;
@@ -54,8 +56,12 @@ CACR_HD void row_raise(RowState<T>& s, T tile_max_x, T tile_max_y) {
     const T shift = (s.max_x - max_x) - (s.max_y - max_y);
     const T cx = exp_of(s.max_x - max_x);
     const T cy = exp_of(s.max_y - max_y);
-    s.dot_x = (s.dot_x + s.sum_x * shift) * cx;
-    s.dot_y = (s.dot_y + s.sum_y * shift) * cy;
+    const T moved = s.centre + shift;
+    const bool near = cx > T(0.5);
+    const T step = near ? T(0) : moved;
+    s.centre = near ? moved : T(0);
+    s.dot_x = (s.dot_x + s.sum_x * step) * cx;
+    s.dot_y = (s.dot_y + s.sum_y * step) * cy;
     s.sum_x *= cx;
     s.sum_y *= cy;
     s.max_x = max_x;

@@ -32,7 +32,9 @@ def test_formulas_agree_with_long_double(tmp_path: Path) -> None:
     [
         ("const T d = (u - v) - s.centre;", "const T d = u - v;"),
         ("g.dy = -q * (d - r.mean_q) - (p - q);", "g.dy = -q * (d - r.mean_p) - (p - q);"),
-        ("s.dot_x = (s.dot_x + s.sum_x * shift) * cx;", "s.dot_x = s.dot_x * cx;"),
+        ("s.dot_x = (s.dot_x + s.sum_x * step) * cx;", "s.dot_x = s.dot_x * cx;"),
+        ("const bool near = cx > T(0.5);", "const bool near = false;"),
+        ("const bool near = cx > T(0.5);", "const bool near = true;"),
         ("s.centre += step;", "s.centre = s.centre;"),
     ],
 )
