@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +16,14 @@ from cacr_kernels.problem import Options, Spans
 from cacr_kernels.reference.closed_form import qk_reference
 from cacr_kernels.testing import relative_error
 
-STATUS = native.status()["cpu"]
-pytestmark = pytest.mark.skipif(not STATUS[0], reason=STATUS[1])
+from .cpu_backend import FIXTURES, INSTRUCTION_SETS, NEEDS_CPU
 
-INSTRUCTION_SETS = native.build_info().get("instruction_sets", [""])
+instruction_set, threads = FIXTURES
+pytestmark = NEEDS_CPU
+
 KINDS = ("scores", "softmax")
 #: largest relative error of loss and gradients against float64
 BUDGETS = {torch.float64: (1e-12, 1e-11), torch.float32: (1e-6, 5e-5), torch.bfloat16: (1e-5, 4e-3)}
-
-
-@pytest.fixture(params=INSTRUCTION_SETS, autouse=True)
-def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(native.cpu, "instruction_set", request.param)
-    return request.param
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    count = torch.get_num_threads()
-    yield
-    torch.set_num_threads(count)
 
 
 def make_qk(

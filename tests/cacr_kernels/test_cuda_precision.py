@@ -1,0 +1,71 @@
+"""Errors of the CUDA kernels against float64: offsets, nearly uniform and nearly one-hot rows, equal distributions."""
+
+import pytest
+import torch
+
+from cacr_kernels.reference import cacr_closed_form
+from cacr_kernels.testing import loss_and_gradients, make_scores, score_errors
+
+from .cuda_backend import FIXTURES, agree, cuda
+
+emulation, emulated, device, products, emulated_order = FIXTURES
+
+
+@pytest.mark.parametrize("mean", [-3.0, 3.0])
+def test_a_common_offset_of_the_scores_costs_no_precision(device, mean):
+    agree(make_scores(12, 36, std=1.0, mean=mean, seed=5, device=device), 12, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("n_text", "n_vision", "options", "budget"),
+    [
+        # as the closed form where X is not centred: 3e-7 and 9e-6
+        (60, 100, {"std": 0.3, "mean": -3.0}, (1e-7, 1e-6)),
+        # 1e-4 and 2e-4 where the row sums do not follow E_p[d]
+        (20, 36, {"pattern": "uniform"}, (6e-6, 2e-4)),
+        (20, 70, {"std": 10.0}, (2e-7, 2e-6)),
+        # float16 is not centred on tensor cores, which round to zero: 6e-8 in multiply-adds
+        (60, 100, {"std": 0.3, "mean": -3.0, "dtype": torch.float16}, (1e-6, 3e-4)),
+    ],
+    ids=["common offset", "nearly uniform rows", "nearly one-hot rows", "common offset, float16"],
+)
+def test_error_budget(device, n_text, n_vision, options, budget):
+    measured = score_errors(cuda, n_text, n_vision, count=3, device=device, **options)
+    assert measured.loss <= budget[0]
+    assert measured.gradient <= budget[1]
+
+
+def at_most_twice_the_errors_of_the_closed_form(n_text, n_vision, **options):
+    measured = score_errors(cuda, n_text, n_vision, count=8, **options)
+    eager = score_errors(cacr_closed_form, n_text, n_vision, count=8, **options)
+    assert measured.loss <= 2 * eager.loss
+    assert measured.gradient <= 2 * eager.gradient
+    return measured
+
+
+@pytest.mark.parametrize(
+    ("n_text", "n_vision", "options"),
+    [
+        (60, 100, {"pattern": "uniform"}),
+        (20, 36, {"pattern": "uniform"}),
+        (20, 70, {"std": 10.0}),
+        (60, 100, {}),
+    ],
+    ids=["nearly uniform rows", "short nearly uniform rows", "nearly one-hot rows", "normal"],
+)
+def test_errors_are_at_most_twice_those_of_the_closed_form(device, n_text, n_vision, options):
+    at_most_twice_the_errors_of_the_closed_form(n_text, n_vision, device=device, **options)
+
+
+def test_half_precision_errors_of_nearly_uniform_rows(device, products):
+    """1.3e-5, six times eager's, where the row sums move with the maxima and c stays."""
+    options = {"pattern": "uniform", "dtype": torch.float16, "device": device}
+    assert at_most_twice_the_errors_of_the_closed_form(60, 100, **options).loss <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_congruent_attention_has_zero_loss_and_gradient(device, dtype):
+    attn = make_scores(33, 33, pattern="congruent", dtype=dtype, device=device)
+    loss, (gradient,) = loss_and_gradients(lambda x: cuda(x, 33), attn)
+    assert loss == 0
+    assert (gradient == 0).all()
