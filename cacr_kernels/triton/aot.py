@@ -53,11 +53,12 @@ KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "large_own": (large_own_kernel, {"GRAD_X": True, "GRAD_Y": True}),
 }
 for bucket in BUCKETS:
+    widths = {"BLOCK_T": bucket, "BLOCK_R": bucket}
     KERNELS |= {
-        f"forward_{bucket}": (small_forward_kernel, {"SAVE": True, "BLOCK_J": bucket}),
-        f"rows_{bucket}": (small_rows_kernel, {"GRAD_X": True, "GRAD_Y": True, "BLOCK_J": bucket}),
-        f"cross_{bucket}": (small_cross_kernel, {"BLOCK_J": bucket}),
-        f"own_{bucket}": (small_own_kernel, {"GRAD_Y": True, "BLOCK_J": bucket}),
+        f"forward_{bucket}": (small_forward_kernel, {"SAVE": True, **widths}),
+        f"rows_{bucket}": (small_rows_kernel, {"GRAD_X": True, "GRAD_Y": True, **widths}),
+        f"cross_{bucket}": (small_cross_kernel, widths),
+        f"own_{bucket}": (small_own_kernel, {"GRAD_Y": True, **widths}),
     }
 
 

@@ -76,8 +76,8 @@ def large_g_kernel(
         g = load_grad_loss(grad_loss, s_g_b, s_g_h, i_problem, n_heads) * weight * scale
         m_u = open_u(work, side, i_problem)
         rows = load_rows(side, i, BLOCK_I)
-        b_x = projected_tile(side, m_u, i, j, KIND, DOT, UNIT, BLOCK_I, BLOCK_J, BLOCK_K) * scale
         b_y = target_logits(load_tile(side.own, i, j, BLOCK_I, BLOCK_J, UNIT, DOT), KIND)
+        b_x = projected_tile(side, m_u, i, j, KIND, DOT, UNIT, BLOCK_I, BLOCK_J, BLOCK_K) * scale
         inside = inside_tile(side.own, i, j, BLOCK_I, BLOCK_J)
         b_dx, b_dy = rows_gradient(b_x, b_y, rows, inside)
         store_tile(open_g(work, side, i_problem), b_dx * g, i, j, BLOCK_I, BLOCK_J)
@@ -268,8 +268,8 @@ def large_own_kernel(
                         b_ds = load_factor(side.own, i, j, BLOCK_I, BLOCK_J, KIND, UNIT, DOT) * (b_ds - b_sum[:, None])
             if GRAD_Y:
                 if active:
-                    b_x = projected_tile(side, m_u, i, j, KIND, DOT, UNIT, BLOCK_I, BLOCK_J, BLOCK_K) * scale
                     b_s = load_tile(side.own, i, j, BLOCK_I, BLOCK_J, UNIT, DOT)
+                    b_x = projected_tile(side, m_u, i, j, KIND, DOT, UNIT, BLOCK_I, BLOCK_J, BLOCK_K) * scale
                     inside = inside_tile(side.own, i, j, BLOCK_I, BLOCK_J)
                     b_dx, b_dy = rows_gradient(b_x, target_logits(b_s, KIND), rows, inside)
                     b_ds += target_gradient(b_dy * g, b_s, KIND)

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 #: longest spans of the small path's buckets, whose kernels hold rows of that length whole
 BUCKETS = (64, 128)
 SMALL = BUCKETS[-1]
+#: row lengths of their tiles: text and vision take the smallest that holds them, each its own
+WIDTHS = (32, 64, 128)
 
 
 @dataclass(frozen=True)

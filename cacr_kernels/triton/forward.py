@@ -64,8 +64,8 @@ def large_forward_kernel(
         m_u = open_u(work, side, i_problem)
         for j in range(0, side.n_a, BLOCK_J):
             o_j = j + tl.arange(0, BLOCK_J)
-            b_x = projected_tile(side, m_u, i, j, KIND, DOT, UNIT, BLOCK_I, BLOCK_J, BLOCK_K) * scale
             b_y = target_logits(load_tile(side.own, i, j, BLOCK_I, BLOCK_J, UNIT, DOT), KIND)
+            b_x = projected_tile(side, m_u, i, j, KIND, DOT, UNIT, BLOCK_I, BLOCK_J, BLOCK_K) * scale
             m_x, l_x, s_x, m_y, l_y, s_y, c = rows_update(
                 m_x, l_x, s_x, m_y, l_y, s_y, c, b_x, b_y, 1.0, (o_j < side.n_a)[None, :], False
             )

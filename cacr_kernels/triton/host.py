@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..problem import Options, Spans, block_limits
 from .common import Block, Scaling, SpanArgs, Work, odd
-from .configs import BUCKETS, INTERPRETER, Plan
+from .configs import BUCKETS, INTERPRETER, WIDTHS, Plan
 from .products import project_kernel
 from .table import scores_plan
 
@@ -51,6 +51,12 @@ class Problem:
     @property
     def empty(self) -> bool:
         return self.count == 0 or self.n_text == 0 or self.n_vision == 0
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Small path: how long the rows of tiles are along text and along vision."""
+        sizes = {"BLOCK_T": self.n_text, "BLOCK_R": self.n_vision}
+        return {name: next(width for width in WIDTHS if size <= width) for name, size in sizes.items()}
 
     def length(self, text: bool) -> int:
         return self.n_text if text else self.n_vision

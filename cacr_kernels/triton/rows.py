@@ -172,6 +172,17 @@ def rows_finish(l_x, s_x, l_y, s_y, c):
 
 
 @triton.jit
+def mask_logits(b_x, b_y, inside):
+    """(x, y) of a tile, LOW where not ``inside``: probabilities and differences d are exactly 0 there.
+
+    The mask of y is read from x, which costs nothing and ties y to the layout in which the dots leave x: sums over rows
+    then stay inside a few lanes. (Load the tile of y before the dots of x, or the layout of the load wins.)
+    """
+    b_x = tl.where(inside, b_x, LOW)
+    return b_x, tl.where(b_x > LOW, b_y, LOW)
+
+
+@triton.jit
 def rows_gradient(b_x, b_y, rows, inside):
     """(dL/dX, dL/dY) of a tile [I, J] whose rows' numbers are ``rows`` (load_rows), 0 where not ``inside``.
 
@@ -180,11 +191,11 @@ def rows_gradient(b_x, b_y, rows, inside):
     m_x, l_x, m_y, l_y, e_p, e_q = rows
     # X = scale times a product: the select keeps that multiplication out of a fused one with this difference, as in the
     # forward, so that the X of the largest element is m_x to the bit
-    b_x = tl.where(inside, b_x, LOW) - m_x[:, None]
-    b_y = b_y - m_y[:, None]
-    b_p = tl.exp(b_x) / l_x[:, None]
-    b_q = tl.exp(b_y) / l_y[:, None]
+    b_x, b_y = mask_logits(b_x, b_y, inside)
+    b_x -= m_x[:, None]
+    b_y -= m_y[:, None]
+    b_p = tl.exp(b_x) * (1.0 / l_x)[:, None]
+    b_q = tl.exp(b_y) * (1.0 / l_y)[:, None]
     b_d = b_x - b_y
-    b_dx = b_p * (b_d - e_p[:, None]) + (b_p - b_q)
-    b_dy = -b_q * (b_d - e_q[:, None]) - (b_p - b_q)
-    return tl.where(inside, b_dx, 0.0), tl.where(inside, b_dy, 0.0)
+    b_r = b_p - b_q
+    return b_p * (b_d - e_p[:, None]) + b_r, -b_q * (b_d - e_q[:, None]) - b_r

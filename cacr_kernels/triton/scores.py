@@ -40,7 +40,7 @@ def scores_forward(
     if problem.count and problem.bucket is not None:
         problem.launch(
             small_forward_kernel, name, programs, problem.scaling, loss, stats, problem.n_heads,
-            BLOCK_J=problem.bucket, **flags,
+            **problem.widths, **flags,
         )  # fmt: skip
     elif problem.count:
         size = spans.n_text * spans.n_vision
@@ -74,7 +74,7 @@ class Backward:
         t, r = problem.n_text, problem.n_vision
         places = {"g_vision": t * t, "v_text": t * t + r * r, "v_vision": t * t + r * r + t * r}
         work = problem.workspace((t + r) ** 2 if self.grad_x else 0, **places)
-        flags = {"KIND": problem.kind, "BLOCK_J": problem.bucket}
+        flags = {"KIND": problem.kind, **problem.widths}
         own, cross = (self.tt, self.vv), (self.tv, self.vt)
 
         def launch(kernel: Any, name: str, *args: Any, **more: Any) -> None:

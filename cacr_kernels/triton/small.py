@@ -38,7 +38,7 @@ from .common import (
     store_tile,
 )
 from .products import load_centred
-from .rows import LOW, load_rows, rows_gradient, side_scale, store_rows, target_gradient, target_logits
+from .rows import load_rows, mask_logits, rows_gradient, side_scale, store_rows, target_gradient, target_logits
 
 
 @triton.jit
@@ -66,10 +66,36 @@ def row_gradients(
 ):  # fmt: skip
     """dL/dX and the target's share of dL/dS_aa, whole rows [I, J] of X computed anew, for a row weight of 1."""
     inside = inside_tile(side.own, i, 0, BLOCK_I, BLOCK_J)
+    b_s = load_tile(side.own, i, 0, BLOCK_I, BLOCK_J, UNIT, DOT)  # before the dots: see mask_logits
     b_x = projected_rows(side, i, KIND, DOT, UNIT, BLOCK_I, BLOCK_J, BLOCK_C, BLOCK_K) * scale
-    b_s = load_tile(side.own, i, 0, BLOCK_I, BLOCK_J, UNIT, DOT)
     b_dx, b_dy = rows_gradient(b_x, target_logits(b_s, KIND), load_rows(side, i, BLOCK_I), inside)
     return b_dx, target_gradient(b_dy, b_s, KIND)
+
+
+@triton.jit
+def compare_rows(
+    side, i, scale, KIND: tl.constexpr, DOT: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """(losses, m_x, l_x, m_y, l_y, E_p[d], E_q[d]) of the rows from i, from whole rows [I, J] of X and Y."""
+    inside = inside_tile(side.own, i, 0, BLOCK_I, BLOCK_J)
+    b_y = target_logits(load_tile(side.own, i, 0, BLOCK_I, BLOCK_J, UNIT, DOT), KIND)
+    b_x = projected_rows(side, i, KIND, DOT, UNIT, BLOCK_I, BLOCK_J, BLOCK_C, BLOCK_K) * scale
+    b_x, b_y = mask_logits(b_x, b_y, inside)
+    m_x = tl.max(b_x, 1)
+    m_y = tl.max(b_y, 1)
+    b_x -= m_x[:, None]
+    b_y -= m_y[:, None]
+    b_p = tl.exp(b_x)
+    b_q = tl.exp(b_y)
+    l_x = tl.sum(b_p, 1)
+    l_y = tl.sum(b_q, 1)
+    b_p *= (1.0 / l_x)[:, None]
+    b_q *= (1.0 / l_y)[:, None]
+    b_d = b_x - b_y
+    e_p = tl.sum(b_p * b_d, 1)
+    e_q = tl.sum(b_q * b_d, 1)
+    return tl.sum((b_p - b_q) * (b_d - e_q[:, None]), 1), m_x, l_x, m_y, l_y, e_p, e_q
 
 
 @triton.jit(do_not_specialize=["loss", "stats", "n_heads"])
@@ -87,8 +113,9 @@ def small_forward_kernel(
     DOT: tl.constexpr,
     UNIT: tl.constexpr,
     SAVE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_I: tl.constexpr,
-    BLOCK_J: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -102,33 +129,43 @@ def small_forward_kernel(
     _, _, _, _, valid = load_spans(spans, (i_problem // n_heads).to(tl.int64))
     o_i = i + tl.arange(0, BLOCK_I)
     total = tl.where(valid, 0.0, float("nan"))
-    m_x = tl.zeros([BLOCK_I], tl.float32)
-    l_x, m_y, l_y, e_p, e_q = m_x, m_x, m_x, m_x, m_x
+    b_loss = tl.zeros([BLOCK_I], tl.float32)
+    m_x, l_x, m_y, l_y, e_p, e_q = b_loss, b_loss, b_loss, b_loss, b_loss, b_loss
     if (i < side.n_a) & active:
-        inside = inside_tile(side.own, i, 0, BLOCK_I, BLOCK_J)
-        b_x = projected_rows(side, i, KIND, DOT, UNIT, BLOCK_I, BLOCK_J, BLOCK_C, BLOCK_K) * scale
-        b_y = target_logits(load_tile(side.own, i, 0, BLOCK_I, BLOCK_J, UNIT, DOT), KIND)
-        # outside: probability exactly 0 and d = 0, without an infinity
-        b_x = tl.where(inside, b_x, LOW)
-        b_y = tl.where(inside, b_y, LOW)
-        m_x = tl.max(b_x, 1)
-        m_y = tl.max(b_y, 1)
-        b_x -= m_x[:, None]
-        b_y -= m_y[:, None]
-        b_p = tl.exp(b_x)
-        b_q = tl.exp(b_y)
-        l_x = tl.sum(b_p, 1)
-        l_y = tl.sum(b_q, 1)
-        b_p /= l_x[:, None]
-        b_q /= l_y[:, None]
-        b_d = tl.where(inside, b_x - b_y, 0.0)
-        e_p = tl.sum(b_p * b_d, 1)
-        e_q = tl.sum(b_q * b_d, 1)
-        b_loss = tl.sum((b_p - b_q) * (b_d - e_q[:, None]), 1)
+        if is_text:
+            b_loss, m_x, l_x, m_y, l_y, e_p, e_q = compare_rows(
+                side, i, scale, KIND, DOT, UNIT, BLOCK_I, BLOCK_T, BLOCK_C, BLOCK_K
+            )
+        else:
+            b_loss, m_x, l_x, m_y, l_y, e_p, e_q = compare_rows(
+                side, i, scale, KIND, DOT, UNIT, BLOCK_I, BLOCK_R, BLOCK_C, BLOCK_K
+            )
         total += tl.sum(tl.where((o_i >= side.n_a) | (b_loss < 0.0), 0.0, b_loss)) * weight
     if SAVE:
         store_rows(side, spans, o_i, active, m_x, l_x, m_y, l_y, e_p, e_q, KIND)
     tl.store(loss + tl.program_id(0), total)
+
+
+@triton.jit
+def rows_tile(
+    side, i, g, scale, m_s, m_g, m_v, KIND: tl.constexpr, DOT: tl.constexpr, UNIT: tl.constexpr,
+    GRAD_X: tl.constexpr, GRAD_Y: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """G_I, V_I = G_I F to the workspace and dY_I to m_s, for whole rows [I, J] of X."""
+    b_dx, b_dy = row_gradients(side, i, scale, KIND, DOT, UNIT, BLOCK_I, BLOCK_J, BLOCK_C, BLOCK_K)
+    if GRAD_Y:
+        store_tile(m_s, b_dy * g, i, 0, BLOCK_I, BLOCK_J)
+    if GRAD_X:
+        store_tile(m_g, b_dx * (g * scale), i, 0, BLOCK_I, BLOCK_J)
+        tl.debug_barrier()
+        for c in range(0, side.n_b, BLOCK_C):
+            b_v = tl.zeros([BLOCK_I, BLOCK_C], tl.float32)
+            for k in range(0, side.n_a, BLOCK_K):
+                # V += G F: [I, C] += [I, K] [K, C]
+                b_g = load_tile(m_g, i, k, BLOCK_I, BLOCK_K, True, DOT)
+                b_v = dot(b_g, load_factor(side.cross, k, c, BLOCK_K, BLOCK_C, KIND, UNIT, DOT), b_v, DOT)
+            store_tile(m_v, b_v, i, c, BLOCK_I, BLOCK_C)
 
 
 @triton.jit(do_not_specialize=[*UNSPECIALIZED, "grad_tt", "grad_vv"])
@@ -152,8 +189,9 @@ def small_rows_kernel(
     UNIT: tl.constexpr,
     GRAD_X: tl.constexpr,
     GRAD_Y: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_I: tl.constexpr,
-    BLOCK_J: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -167,22 +205,45 @@ def small_rows_kernel(
     scale, weight, active = side_scale(scaling, side)
     if (i < side.n_a) & active:
         g = load_grad_loss(grad_loss, s_g_b, s_g_h, i_problem, n_heads) * weight
-        b_dx, b_dy = row_gradients(side, i, scale, KIND, DOT, UNIT, BLOCK_I, BLOCK_J, BLOCK_C, BLOCK_K)
-        if GRAD_Y:
-            grad = tl.where(is_text, grad_tt, grad_vv)
-            m_s = open_gradient(grad, spans, i_problem, n_heads, is_text, is_text, side.n_a, side.n_a)
-            store_tile(m_s, b_dy * g, i, 0, BLOCK_I, BLOCK_J)
-        if GRAD_X:
-            m_g = open_g(work, side, i_problem)
-            store_tile(m_g, b_dx * (g * scale), i, 0, BLOCK_I, BLOCK_J)
-            tl.debug_barrier()
-            for c in range(0, side.n_b, BLOCK_C):
-                b_v = tl.zeros([BLOCK_I, BLOCK_C], tl.float32)
-                for k in range(0, side.n_a, BLOCK_K):
-                    # V += G F: [I, C] += [I, K] [K, C]
-                    b_g = load_tile(m_g, i, k, BLOCK_I, BLOCK_K, True, DOT)
-                    b_v = dot(b_g, load_factor(side.cross, k, c, BLOCK_K, BLOCK_C, KIND, UNIT, DOT), b_v, DOT)
-                store_tile(open_v(work, side, i_problem), b_v, i, c, BLOCK_I, BLOCK_C)
+        grad = tl.where(is_text, grad_tt, grad_vv)
+        m_s = open_gradient(grad, spans, i_problem, n_heads, is_text, is_text, side.n_a, side.n_a)
+        m_g = open_g(work, side, i_problem)
+        m_v = open_v(work, side, i_problem)
+        if is_text:
+            rows_tile(
+                side, i, g, scale, m_s, m_g, m_v, KIND, DOT, UNIT, GRAD_X, GRAD_Y, BLOCK_I, BLOCK_T, BLOCK_C, BLOCK_K
+            )
+        else:
+            rows_tile(
+                side, i, g, scale, m_s, m_g, m_v, KIND, DOT, UNIT, GRAD_X, GRAD_Y, BLOCK_I, BLOCK_R, BLOCK_C, BLOCK_K
+            )
+
+
+@triton.jit
+def cross_tile(
+    side, i, m_g, m_v, m_s, KIND: tl.constexpr, DOT: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """dS_ab to m_s for one tile I of rows of F (columns of G), J >= n_b."""
+    b_df = tl.zeros([BLOCK_I, BLOCK_J], tl.float32)
+    for c in range(0, side.n_b, BLOCK_C):
+        b_w = tl.zeros([BLOCK_I, BLOCK_C], tl.float32)
+        for k in range(0, side.n_a, BLOCK_K):
+            # W += G^T F: [I, C] += [I, K] [K, C]
+            b_g = load_tile(m_g, k, i, BLOCK_K, BLOCK_I, True, DOT)
+            b_f = load_factor(side.cross, k, c, BLOCK_K, BLOCK_C, KIND, UNIT, DOT)
+            b_w = dot(tl.trans(b_g), b_f, b_w, DOT)
+        # dF += W S_bb: [I, J] += [I, C] [C, J]
+        b_df = dot(b_w, load_factor(side.other, c, 0, BLOCK_C, BLOCK_J, KIND, UNIT, DOT), b_df, DOT)
+    for k in range(0, side.n_b, BLOCK_K):
+        # dF += V S_bb^T: [I, J] += [I, K] [K, J]
+        b_v = load_tile(m_v, i, k, BLOCK_I, BLOCK_K, True, DOT)
+        b_s = load_factor(side.other, 0, k, BLOCK_J, BLOCK_K, KIND, UNIT, DOT)
+        b_df = dot(b_v, tl.trans(b_s), b_df, DOT)
+    if KIND == "softmax":
+        b_f = load_factor(side.cross, i, 0, BLOCK_I, BLOCK_J, KIND, UNIT, DOT)
+        b_df = b_f * (b_df - tl.sum(b_f * b_df, 1)[:, None])
+    store_tile(m_s, b_df, i, 0, BLOCK_I, BLOCK_J)
 
 
 @triton.jit(do_not_specialize=[*UNSPECIALIZED, "grad_tv", "grad_vt"])
@@ -201,8 +262,9 @@ def small_cross_kernel(
     KIND: tl.constexpr,
     DOT: tl.constexpr,
     UNIT: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_I: tl.constexpr,
-    BLOCK_J: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -217,27 +279,37 @@ def small_cross_kernel(
     if (i < side.n_a) & active:
         m_g = open_g(work, side, i_problem)
         m_v = open_v(work, side, i_problem)
-        b_df = tl.zeros([BLOCK_I, BLOCK_J], tl.float32)
-        for c in range(0, side.n_b, BLOCK_C):
-            b_w = tl.zeros([BLOCK_I, BLOCK_C], tl.float32)
-            for k in range(0, side.n_a, BLOCK_K):
-                # W += G^T F: [I, C] += [I, K] [K, C]
-                b_g = load_tile(m_g, k, i, BLOCK_K, BLOCK_I, True, DOT)
-                b_f = load_factor(side.cross, k, c, BLOCK_K, BLOCK_C, KIND, UNIT, DOT)
-                b_w = dot(tl.trans(b_g), b_f, b_w, DOT)
-            # dF += W S_bb: [I, J] += [I, C] [C, J]
-            b_df = dot(b_w, load_factor(side.other, c, 0, BLOCK_C, BLOCK_J, KIND, UNIT, DOT), b_df, DOT)
-        for k in range(0, side.n_b, BLOCK_K):
-            # dF += V S_bb^T: [I, J] += [I, K] [K, J]
-            b_v = load_tile(m_v, i, k, BLOCK_I, BLOCK_K, True, DOT)
-            b_s = load_factor(side.other, 0, k, BLOCK_J, BLOCK_K, KIND, UNIT, DOT)
-            b_df = dot(b_v, tl.trans(b_s), b_df, DOT)
-        if KIND == "softmax":
-            b_f = load_factor(side.cross, i, 0, BLOCK_I, BLOCK_J, KIND, UNIT, DOT)
-            b_df = b_f * (b_df - tl.sum(b_f * b_df, 1)[:, None])
         grad = tl.where(is_text, grad_tv, grad_vt)
         m_s = open_gradient(grad, spans, i_problem, n_heads, is_text, is_text == 0, side.n_a, side.n_b)
-        store_tile(m_s, b_df, i, 0, BLOCK_I, BLOCK_J)
+        if is_text:
+            cross_tile(side, i, m_g, m_v, m_s, KIND, DOT, UNIT, BLOCK_I, BLOCK_R, BLOCK_C, BLOCK_K)
+        else:
+            cross_tile(side, i, m_g, m_v, m_s, KIND, DOT, UNIT, BLOCK_I, BLOCK_T, BLOCK_C, BLOCK_K)
+
+
+@triton.jit
+def own_tile(
+    side, back, i, g, scale, active, back_active, m_v, m_s, KIND: tl.constexpr, DOT: tl.constexpr, UNIT: tl.constexpr,
+    GRAD_Y: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """dS_aa to m_s for one tile I of rows, J >= n_a."""
+    b_ds = tl.zeros([BLOCK_I, BLOCK_J], tl.float32)
+    if back_active:
+        for k in range(0, back.n_a, BLOCK_K):
+            # dS' += F_b^T V_b: [I, J] += [I, K] [K, J]
+            b_f = load_factor(back.cross, k, i, BLOCK_K, BLOCK_I, KIND, UNIT, DOT)
+            b_ds = dot(tl.trans(b_f), load_tile(m_v, k, 0, BLOCK_K, BLOCK_J, True, DOT), b_ds, DOT)
+        if KIND == "softmax":
+            b_p = load_factor(side.own, i, 0, BLOCK_I, BLOCK_J, KIND, UNIT, DOT)
+            b_ds = b_p * (b_ds - tl.sum(b_p * b_ds, 1)[:, None])
+    if GRAD_Y:
+        if active:
+            b_dx, b_dy = row_gradients(side, i, scale, KIND, DOT, UNIT, BLOCK_I, BLOCK_J, BLOCK_C, BLOCK_K)
+            b_ds += b_dy * g
+    else:
+        b_ds += load_tile(m_s, i, 0, BLOCK_I, BLOCK_J, True, DOT)
+    store_tile(m_s, b_ds, i, 0, BLOCK_I, BLOCK_J)
 
 
 @triton.jit(do_not_specialize=[*UNSPECIALIZED, "grad_tt", "grad_vv"])
@@ -260,8 +332,9 @@ def small_own_kernel(
     DOT: tl.constexpr,
     UNIT: tl.constexpr,
     GRAD_Y: tl.constexpr,  # compute dY; otherwise it is in the gradient already, or 0
+    BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_I: tl.constexpr,
-    BLOCK_J: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -278,21 +351,15 @@ def small_own_kernel(
     if i < side.n_a:
         grad = tl.where(is_text, grad_tt, grad_vv)
         m_s = open_gradient(grad, spans, i_problem, n_heads, is_text, is_text, side.n_a, side.n_a)
-        b_ds = tl.zeros([BLOCK_I, BLOCK_J], tl.float32)
-        if back_active:
-            m_v = open_v(work, back, i_problem)
-            for k in range(0, back.n_a, BLOCK_K):
-                # dS' += F_b^T V_b: [I, J] += [I, K] [K, J]
-                b_f = load_factor(back.cross, k, i, BLOCK_K, BLOCK_I, KIND, UNIT, DOT)
-                b_ds = dot(tl.trans(b_f), load_tile(m_v, k, 0, BLOCK_K, BLOCK_J, True, DOT), b_ds, DOT)
-            if KIND == "softmax":
-                b_p = load_factor(side.own, i, 0, BLOCK_I, BLOCK_J, KIND, UNIT, DOT)
-                b_ds = b_p * (b_ds - tl.sum(b_p * b_ds, 1)[:, None])
-        if GRAD_Y:
-            if active:
-                g = load_grad_loss(grad_loss, s_g_b, s_g_h, i_problem, n_heads) * weight
-                b_dx, b_dy = row_gradients(side, i, scale, KIND, DOT, UNIT, BLOCK_I, BLOCK_J, BLOCK_C, BLOCK_K)
-                b_ds += b_dy * g
+        m_v = open_v(work, back, i_problem)
+        g = load_grad_loss(grad_loss, s_g_b, s_g_h, i_problem, n_heads) * weight
+        if is_text:
+            own_tile(
+                side, back, i, g, scale, active, back_active, m_v, m_s, KIND, DOT, UNIT, GRAD_Y,
+                BLOCK_I, BLOCK_T, BLOCK_C, BLOCK_K,
+            )  # fmt: skip
         else:
-            b_ds += load_tile(m_s, i, 0, BLOCK_I, BLOCK_J, True, DOT)
-        store_tile(m_s, b_ds, i, 0, BLOCK_I, BLOCK_J)
+            own_tile(
+                side, back, i, g, scale, active, back_active, m_v, m_s, KIND, DOT, UNIT, GRAD_Y,
+                BLOCK_I, BLOCK_R, BLOCK_C, BLOCK_K,
+            )  # fmt: skip

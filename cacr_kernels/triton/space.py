@@ -75,7 +75,7 @@ def forms_x_alike(key: Key, launch: Launch, arch: int) -> bool:
 def row_length(key: Key) -> dict[str, int]:
     """The tile side that a kernel of a size bucket has from its bucket."""
     ends = [bucket for bucket in BUCKETS if key.variant == "scores" and key.kernel.endswith(f"_{bucket}")]
-    return {"BLOCK_J": ends[0]} if ends else {}
+    return {"BLOCK_R": ends[0]} if ends else {}
 
 
 def possible(key: Key, launch: Launch, arch: int) -> bool:
