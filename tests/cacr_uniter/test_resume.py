@@ -193,6 +193,32 @@ def test_resume_no_refuses_a_used_folder(whole: Path) -> None:
         small_run(small_config(whole, run__resume="no"))
 
 
+def test_a_finished_checkpoint_is_not_resumed_elsewhere(whole: Path, tmp_path: Path) -> None:
+    last = whole / "checkpoints" / "step-00000008"
+    with pytest.raises(UserError, match=rf"run\.resume {last} has done all 8 steps: nothing is left to do"):
+        small_run(small_config(tmp_path / "new", run__resume=str(last)))
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_same_command_goes_on_where_a_named_checkpoint_was_the_start(whole: Path, tmp_path: Path) -> None:
+    middle = whole / "checkpoints" / "step-00000006"
+    first = small_run(small_config(tmp_path, run__resume=str(middle)))
+    assert [record["step"] for record in first.history] == [7, 8]
+    again = small_run(small_config(tmp_path, run__resume=str(middle)))
+    assert (again.finished, again.step) == (True, 8)
+    assert [record["step"] for record in again.history if record["event"] == "train"] == [7, 8]
+    last = [load_file(out / "checkpoints" / "step-00000008" / checkpoints.MODEL) for out in (whole, tmp_path)]
+    assert all(torch.equal(last[0][key], last[1][key]) for key in last[0])
+
+
+def test_a_checkpoint_may_take_the_place_of_one_of_the_same_step(whole: Path, tmp_path: Path) -> None:
+    found = checkpoints.load(whole / "checkpoints" / "step-00000008")
+    for _ in range(2):
+        path = checkpoints.save(tmp_path, found, keep=1)
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+    checkpoints.load(path)
+
+
 def test_overwrite_starts_again(tmp_path: Path) -> None:
     small_run(small_config(tmp_path / "run", optim__steps=4))
     result = small_run(small_config(tmp_path / "run", optim__steps=2, run__overwrite=True))

@@ -64,7 +64,13 @@ def checkpoints(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     found = [path for path in folder.iterdir() if NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name[5:]))
+    return sorted(found, key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """Steps of a checkpoint by its name; -1 for another name."""
+    match = NAME.fullmatch(path.name)
+    return int(match[1]) if match else -1
 
 
 def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
@@ -228,7 +234,7 @@ def flush(path: Path) -> None:
 
 def _remove(path: Path) -> None:
     """Renames before deleting, so that a half deleted folder never looks complete."""
-    doomed = path.with_name(PART + path.name)
+    doomed = path.with_name(f"{PART}old-{path.name}")
     os.rename(path, doomed)
     shutil.rmtree(doomed, ignore_errors=True)
 

@@ -210,7 +210,7 @@ class RunConfig:
         memory_limit: largest GPU memory of the process, such as ``11GB`` (10^9) or ``11GiB``.
         threads: CPU threads of torch; none leaves its own choice.
         resume: ``auto`` continues the newest checkpoint in ``out``, ``no`` wants an empty ``out``, else the folder of a
-            checkpoint.
+            checkpoint, which counts as long as ``out`` holds no newer one.
         overwrite: delete an earlier run in ``out`` first.
         checkpoint_every: steps between checkpoints (one is written at the end too).
         keep: newest checkpoints that are kept.

@@ -162,12 +162,19 @@ def _resumed(config: TrainConfig, out: Path) -> checkpoints.Checkpoint | None:
         )
     if last is not None and path.resolve().parent == last.parent.resolve() and path.name != last.name:
         raise UserError(f"run.resume {path}: {last} is newer and in the same folder; choose another run.out")
+    if last is not None and path.is_dir() and 0 <= checkpoints.step_of(path) <= checkpoints.step_of(last):
+        path = last  # the same command once more: the run that began at the named checkpoint goes on
     found = checkpoints.load(path)
     changed = differences(found.config, config)
     if changed:
         raise UserError(
             f"checkpoint {path} belongs to a run with other settings ({'; '.join(changed)}): use the same ones, "
             "another run.out, or run.overwrite"
+        )
+    if last is None and found.step >= config.optim.steps:
+        raise UserError(
+            f"run.resume {path} has done all {config.optim.steps} steps: nothing is left to do in {out}; a new run "
+            "starts from its weights with model.checkpoint"
         )
     return found
 
