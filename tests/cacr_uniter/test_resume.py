@@ -219,6 +219,25 @@ def test_a_checkpoint_may_take_the_place_of_one_of_the_same_step(whole: Path, tm
     checkpoints.load(path)
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_two_runs_at_once_do_not_share_a_folder(tmp_path: Path, overwrite: bool) -> None:
+    """They would delete each other's half-written checkpoints. A killed run lets go of its folder."""
+    refused: list[str] = []
+
+    def second(model: Any, done: int) -> dict[str, float]:
+        with pytest.raises(UserError) as caught:
+            small_run(small_config(other, run__overwrite=overwrite))
+        refused.append(str(caught.value))
+        return {}
+
+    other = tmp_path / "other"
+    small_run(small_config(other, optim__steps=2, run__validate_every=2), evaluate=second)
+    assert len(refused) == 1
+    assert f"run.out {other} is in use by a run that is not over" in refused[0]
+    assert [record["step"] for record in log(other) if record["event"] == "train"] == [1, 2]
+    assert small_run(small_config(other, optim__steps=2, run__validate_every=2)).finished
+
+
 def test_overwrite_starts_again(tmp_path: Path) -> None:
     small_run(small_config(tmp_path / "run", optim__steps=4))
     result = small_run(small_config(tmp_path / "run", optim__steps=2, run__overwrite=True))

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -124,28 +128,28 @@ def train_on(
     prepared = accelerator.prepare_optimizer(optimizer, device_placement=False)
     stepper = Stepper(model, list(parameters.values()), prepared, config, source, accelerator)
     main = accelerator.is_main_process
-    _open_folder(config, out, accelerator)
-    log, best = RunLog(out, start, config.run.tensorboard, main), Best(out, config.run.best, start)
-    try:
-        with Display(config.optim.steps, start, progress and main) as display:
-            if loaded is not None and resumed is None:
-                display.say(str(loaded))
-                log.write({"event": "weights", "step": start, "report": str(loaded)})
-            done = Loop(config, stepper, optimizer, log, display, best, validation, evaluate, extra).run(start)
-    finally:
-        log.close()
-    accelerator.wait_for_everyone()
-    best = Best(out, config.run.best, done)
-    path = checkpoints.newest(out / CHECKPOINTS)
-    if path is None:
-        raise ProcessError(f"run.out {out} holds no checkpoint here: it must be one folder that all nodes share")
-    seconds = time.monotonic() - started
-    result = TrainResult(out, path, done, done == config.optim.steps, log.history, seconds, best.path)
-    if not (config.run.report and main and result.finished):
-        return result
-    with checkpoints.readable_errors(f"report {out / REPORT}"):
-        write_report(out / REPORT, config, log.history, path, best, accelerator)
-    return replace(result, report_path=out / REPORT)
+    with _folder(config, out, accelerator):
+        log, best = RunLog(out, start, config.run.tensorboard, main), Best(out, config.run.best, start)
+        try:
+            with Display(config.optim.steps, start, progress and main) as display:
+                if loaded is not None and resumed is None:
+                    display.say(str(loaded))
+                    log.write({"event": "weights", "step": start, "report": str(loaded)})
+                done = Loop(config, stepper, optimizer, log, display, best, validation, evaluate, extra).run(start)
+        finally:
+            log.close()
+        accelerator.wait_for_everyone()
+        best = Best(out, config.run.best, done)
+        path = checkpoints.newest(out / CHECKPOINTS)
+        if path is None:
+            raise ProcessError(f"run.out {out} holds no checkpoint here: it must be one folder that all nodes share")
+        seconds = time.monotonic() - started
+        result = TrainResult(out, path, done, done == config.optim.steps, log.history, seconds, best.path)
+        if not (config.run.report and main and result.finished):
+            return result
+        with checkpoints.readable_errors(f"report {out / REPORT}"):
+            write_report(out / REPORT, config, log.history, path, best, accelerator)
+        return replace(result, report_path=out / REPORT)
 
 
 def _resumed(config: TrainConfig, out: Path) -> checkpoints.Checkpoint | None:
@@ -199,17 +203,45 @@ def _agree(config: TrainConfig, start: int, model: UniterForRetrieval, accelerat
     )
 
 
-def _open_folder(config: TrainConfig, out: Path, accelerator: Accelerator) -> None:
-    """Makes the folder of the run, without what an overwritten or killed run left, and writes the configuration."""
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        with checkpoints.readable_errors(f"run folder {out}"):
-            if config.run.overwrite:
-                _clear(out)
-            out.mkdir(parents=True, exist_ok=True)
-            checkpoints.prune(out / CHECKPOINTS, config.run.keep)
-            checkpoints.write_whole(out / CONFIG, yaml.safe_dump(config.to_repeat(), sort_keys=False))
-    accelerator.wait_for_everyone()
+@contextlib.contextmanager
+def _folder(config: TrainConfig, out: Path, accelerator: Accelerator) -> Iterator[None]:
+    """Makes the folder of the run, without what an overwritten or killed run left, and writes the configuration.
+
+    Inside the block the folder is this run's alone.
+
+    Raises:
+        UserError: it cannot be written, or another run that is not over holds it.
+    """
+    with contextlib.ExitStack() as held:
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            with checkpoints.readable_errors(f"run folder {out}"):
+                out.mkdir(parents=True, exist_ok=True)
+                held.enter_context(_lock(out))
+                if config.run.overwrite:
+                    _clear(out)
+                checkpoints.prune(out / CHECKPOINTS, config.run.keep)
+                checkpoints.write_whole(out / CONFIG, yaml.safe_dump(config.to_repeat(), sort_keys=False))
+        accelerator.wait_for_everyone()
+        yield
+
+
+@contextlib.contextmanager
+def _lock(out: Path) -> Iterator[None]:
+    """Holds the folder itself; the system lets go when the process ends, in whatever way."""
+    descriptor = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"run.out {out} is in use by a run that is not over: wait for it, stop it, or choose another run.out"
+            ) from error
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _clear(out: Path) -> None:
