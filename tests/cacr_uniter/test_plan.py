@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from cacr_kernels import problem
 from cacr_uniter.cli import main
 from cacr_uniter.model import UniterConfig
+from cacr_uniter.training import dry_run
 from cacr_uniter.training.build import build_accelerator, build_model, model_config
 from cacr_uniter.training.command import load_config
 from cacr_uniter.training.config import TrainConfig
@@ -120,6 +122,10 @@ def test_the_plan_is_what_the_allocator_gives(tmp_path: Path, case: str) -> None
         with torch.no_grad():
             stepper.model.eval()
             assert plan.use(8).scoring == pytest.approx(allocated(lambda: stepper.score(pairs)) + pool, rel=near)
+
+
+def test_the_kernels_keep_as_much_as_the_dry_run_says() -> None:
+    assert dry_run.ROW_NUMBERS == problem.ROW_NUMBERS
 
 
 def test_live_bytes_follow_storages() -> None:

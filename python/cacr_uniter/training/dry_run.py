@@ -22,7 +22,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cacr_kernels.problem import ROW_NUMBERS
 from cacr_uniter.data.batch import Pairs
 from cacr_uniter.model import UniterConfig
 from cacr_uniter.training.build import build_model
@@ -34,6 +33,8 @@ from cacr_uniter.training.step import Portion, Stepper
 
 #: the GPU's allocator gives whole blocks
 BLOCK = 512
+#: float32 numbers that the GPU's CACR kernels keep of a row of scores
+ROW_NUMBERS = 8
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
