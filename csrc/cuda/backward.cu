@@ -48,6 +48,7 @@ i64 cacr_backward_workspace_cuda(const Problem& problem) {
 }
 
 int cacr_backward_cuda(const Problem& problem) {
+    if (!fits_a_grid(problem)) return kInvalidValue;
     const DeviceScope scope(problem.device);
     if (scope.error()) return scope.error();
     if (problem.batch * problem.heads == 0 || problem.spans.limit_text + problem.spans.limit_vision == 0) return 0;

@@ -90,7 +90,7 @@ CACR_DEVICE void differentiate_chunk(const RowGradient& to, const SharedRow* row
             chain *= logit_of_prob_grad(y);
             y = logit_of_prob(y);
         }
-        const RowGrad<float> grad = row_grad(rows[row].scales, to.factor * chunk.v[row][col], y);
+        const RowGrad<float> grad = row_grad(rows[row].scales, to.factor, chunk.v[row][col], y);
         if (to.wants_g) {
             *g = rows[row].weight_g * grad.dx;
             Tile::follow(largest, *g);

@@ -26,6 +26,7 @@ i64 cacr_forward_workspace_cuda(const Problem& problem) {
 }
 
 int cacr_forward_cuda(const Problem& problem) {
+    if (!fits_a_grid(problem)) return kInvalidValue;
     const DeviceScope scope(problem.device);
     if (scope.error()) return scope.error();
     return for_chunks(problem, cacr_forward_workspace_cuda(problem), [&](i64 first, i64 count) {

@@ -53,11 +53,11 @@ CACR_DEVICE void add_logits(const LogitChunks& logits, int cols, bool first, flo
         max_x = fmaxf(max_x, shuffle_xor(max_x, 1));
         max_y = fmaxf(max_y, shuffle_xor(max_y, 1));
         state = row_begin(max_x, max_y);
-        for (int col = begin; col < end; ++col) row_add(state, factor * x[col], y[col]);
+        for (int col = begin; col < end; ++col) row_add(state, factor, x[col], y[col]);
         row_restart(state);
     }
     row_raise(state, max_x, max_y);
-    for (int col = begin; col < end; ++col) row_add(state, factor * x[col], y[col]);
+    for (int col = begin; col < end; ++col) row_add(state, factor, x[col], y[col]);
     row_follow(state);
 }
 

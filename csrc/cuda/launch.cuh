@@ -17,10 +17,11 @@ class DeviceScope {
   public:
     explicit DeviceScope(int device) {
         error_ = cudaGetDevice(&previous_);
-        if (error_ == cudaSuccess && previous_ != device) error_ = cudaSetDevice(device);
+        changes_ = error_ == cudaSuccess && previous_ != device;
+        if (changes_) error_ = cudaSetDevice(device);
     }
     ~DeviceScope() {
-        if (error_ == cudaSuccess) cudaSetDevice(previous_);
+        if (changes_) cudaSetDevice(previous_);
     }
     DeviceScope(const DeviceScope&) = delete;
     DeviceScope& operator=(const DeviceScope&) = delete;
@@ -28,6 +29,7 @@ class DeviceScope {
 
   private:
     int previous_ = 0;
+    bool changes_ = false;
     cudaError_t error_;
 };
 
@@ -46,6 +48,11 @@ namespace cacr {
 inline int ceil_div(i64 a, i64 b) { return (int)((a + b - 1) / b); }
 
 inline i64 larger(i64 a, i64 b) { return a > b ? a : b; }
+
+// Whether every problem has an index of its own on axis x of a grid.
+inline bool fits_a_grid(const Problem& problem) {
+    return problem.heads == 0 || problem.batch <= 0x7fffffff / problem.heads;
+}
 
 // Calls step(first, count) for the batch in chunks of as many problems as the workspace holds, up to the first error.
 template <typename Step>

@@ -11,7 +11,7 @@ i64 cacr_forward_workspace_cuda(const Problem& problem);
 i64 cacr_backward_workspace_cuda(const Problem& problem);
 
 // Enqueue on problem.stream of problem.device; no allocation, no synchronisation, no atomics, the same bits every time.
-// dtype f16, bf16 or f32. Returns 0 or a cudaError_t (cacr_error_cuda says it in words).
+// dtype f16, bf16 or f32; batch times heads below 2^31. Returns 0 or a cudaError_t (cacr_error_cuda says it in words).
 //   forward:  reads blocks; writes loss, stats. kind softmax keeps the statistics of S_ab too.
 //   backward: reads blocks, stats, grad_loss; writes every element of grads.
 int cacr_forward_cuda(const Problem& problem);

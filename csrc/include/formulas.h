@@ -19,6 +19,9 @@ CACR_HD float exp_of(float v) { return expf(v); }
 CACR_HD double exp_of(double v) { return exp(v); }
 CACR_HD float log_of(float v) { return logf(v); }
 CACR_HD double log_of(double v) { return log(v); }
+// a b + c, rounded once whatever the compiler fuses.
+CACR_HD float fused(float a, float b, float c) { return fmaf(a, b, c); }
+CACR_HD double fused(double a, double b, double c) { return fma(a, b, c); }
 
 // Running sums over a row. Start with row_begin, add elements (row_add) or other partial rows (row_merge).
 template <typename T>
@@ -68,10 +71,11 @@ CACR_HD void row_raise(RowState<T>& s, T tile_max_x, T tile_max_y) {
     s.max_y = max_y;
 }
 
-// Adds one element whose logits do not exceed the running maxima.
+// Adds one element whose logits x = factor * product and y do not exceed the running maxima. x - m_x is rounded once, here and
+// in row_grad: the largest of nearly one-hot rows has to be the same in both.
 template <typename T>
-CACR_HD void row_add(RowState<T>& s, T x, T y) {
-    const T u = x - s.max_x;
+CACR_HD void row_add(RowState<T>& s, T factor, T product, T y) {
+    const T u = fused(factor, product, -s.max_x);
     const T v = y - s.max_y;
     const T d = (u - v) - s.centre;
     const T ex = exp_of(u);
@@ -133,7 +137,7 @@ CACR_HD T row_loss(const RowState<T>& s) {
 }
 
 // Both partial derivatives of the row's symmetric KL at one element:
-//     dL/dx = p (d - E_p[d]) + (p - q),   dL/dy = -q (d - E_q[d]) - (p - q)
+//     dL/dx = p (d - E_p[d]) + (p - q),   dL/dy = -q (d - E_q[d]) - (p - q),   x = factor * product
 template <typename T>
 struct RowGrad {
     T dx, dy;
@@ -152,8 +156,8 @@ CACR_HD RowScales<T> row_scales(const RowNumbers<T>& r) {
 }
 
 template <typename T>
-CACR_HD RowGrad<T> row_grad(const RowScales<T>& r, T x, T y) {
-    const T u = x - r.max_x;
+CACR_HD RowGrad<T> row_grad(const RowScales<T>& r, T factor, T product, T y) {
+    const T u = fused(factor, product, -r.max_x);
     const T v = y - r.max_y;
     const T d = u - v;
     const T p = exp_of(u) * r.inverse_x;

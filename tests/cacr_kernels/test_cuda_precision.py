@@ -49,9 +49,10 @@ def at_most_twice_the_errors_of_the_closed_form(n_text, n_vision, **options):
         (60, 100, {"pattern": "uniform"}),
         (20, 36, {"pattern": "uniform"}),
         (20, 70, {"std": 10.0}),
+        (20, 70, {"std": 10.0, "problem": {"projection_scale": 0.3}}),
         (60, 100, {}),
     ],
-    ids=["nearly uniform rows", "short nearly uniform rows", "nearly one-hot rows", "normal"],
+    ids=["nearly uniform rows", "short nearly uniform rows", "nearly one-hot rows", "scaled one-hot rows", "normal"],
 )
 def test_errors_are_at_most_twice_those_of_the_closed_form(device, n_text, n_vision, options):
     at_most_twice_the_errors_of_the_closed_form(n_text, n_vision, device=device, **options)

@@ -6,7 +6,7 @@ import torch
 from cacr_kernels.problem import Options, Spans
 from cacr_kernels.reference import cacr_closed_form
 from cacr_kernels.reference.closed_form import scores_reference
-from cacr_kernels.testing import loss_and_gradients, make_scores, relative_error
+from cacr_kernels.testing import loss_and_gradients, make_input, make_scores, relative_error
 
 from .cuda_backend import FIXTURES, KINDS, NAN, cuda, forward_and_backward, problem_of
 
@@ -74,3 +74,33 @@ def test_only_axis_x_grows_with_the_square_of_the_tokens(emulated):
 def test_gradients_are_filled_first_only_if_spans_leave_something(emulated, n_vision, launches):
     loss_and_gradients(lambda x: cuda(x, 4, n_vision=n_vision), make_scores(4, 5))
     assert emulated.launches() == launches  # forward, loss, [fill], rows, blocks
+
+
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), NAN])
+@pytest.mark.parametrize("kind", KINDS)
+def test_nan_and_infinity_inside_a_span_reach_the_loss(device, kind, value):
+    """In the first and in later chunks and tiles of a row, of one side and of both; other problems stay as they are."""
+    if kind != "scores" and value == -float("inf"):
+        pytest.skip("a probability is not negative, and softmax of -inf is 0")
+    clean = make_input(kind, 5, 70, heads=6, std=0.5, device=device)
+    attn = clean.clone()
+    for head, (row, col) in enumerate([(2, 3), (3, 40), (41, 1), (50, 74), (70, 6)], start=1):
+        attn[0, head, row, col] = value
+    loss, (gradient,) = loss_and_gradients(lambda x: cuda(x, 5, kind=kind, reduction="none"), attn)
+    assert loss[0, 1:].isnan().all()
+    assert gradient[0, 1:].isnan().flatten(1).any(1).all()
+    same, (same_gradient,) = loss_and_gradients(lambda x: cuda(x, 5, kind=kind, reduction="none"), clean)
+    assert torch.equal(loss[0, 0], same[0, 0])
+    assert torch.equal(gradient[0, 0], same_gradient[0, 0])
+
+
+def test_more_problems_than_a_grid_has_blocks_are_refused(emulated):
+    module = emulated.module
+    options = module.Options(0, 0, 0, 1.0, False, False)
+    spans = module.SpanTable(0, 0, 1, 1, 1, 2, 2, True)
+    problem = module.Problem(2, options, spans, 1 << 20, 1 << 11, True, [(0, (0, 0, 0, 0))] * 4)
+    problem.set_workspace(0, 1 << 50)
+    for launch in (module.scores_forward_cuda, module.scores_backward_cuda):
+        with pytest.raises(RuntimeError, match="CUDA"):
+            launch(problem)
+    assert emulated.launches() == 0

@@ -35,6 +35,7 @@ def test_formulas_agree_with_long_double(tmp_path: Path) -> None:
         ("s.dot_x = (s.dot_x + s.sum_x * step) * cx;", "s.dot_x = s.dot_x * cx;"),
         ("const bool near = cx > T(0.5);", "const bool near = false;"),
         ("const bool near = cx > T(0.5);", "const bool near = true;"),
+        ("const T u = fused(factor, product, -s.max_x);", "const T x = factor * product, u = x - s.max_x;"),
         ("s.centre += step;", "s.centre = s.centre;"),
     ],
 )

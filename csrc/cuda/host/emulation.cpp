@@ -229,7 +229,7 @@ int run_grid(i64 x, int y, int z, int threads, const std::function<void()>& body
     settings.error.clear();
     ++settings.launches;
     settings.largest_y = std::max(settings.largest_y, y);
-    if (x < 1 || y < 1 || z < 1 || y > 65535 || z > 65535 || threads % kLanes) fail("invalid launch");
+    if (x < 1 || y < 1 || z < 1 || x > 0x7fffffff || y > 65535 || z > 65535 || threads % kLanes) fail("invalid launch");
     std::vector<i64> order((size_t)(settings.error.empty() ? x * y * z : 0));
     for (size_t i = 0; i < order.size(); ++i) order[i] = (i64)i;
     std::shuffle(order.begin(), order.end(), settings.random);
