@@ -29,9 +29,11 @@ CACR_DEVICE void merge_row_pair(RowState<float>& state) {
     RowState<float> other = state;
     other.max_x = shuffle_xor(state.max_x, 1);
     other.sum_x = shuffle_xor(state.sum_x, 1);
+    other.low_x = shuffle_xor(state.low_x, 1);
     other.dot_x = shuffle_xor(state.dot_x, 1);
     other.max_y = shuffle_xor(state.max_y, 1);
     other.sum_y = shuffle_xor(state.sum_y, 1);
+    other.low_y = shuffle_xor(state.low_y, 1);
     other.dot_y = shuffle_xor(state.dot_y, 1);
     other.centre = shuffle_xor(state.centre, 1);
     row_merge(state, other);

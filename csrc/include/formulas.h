@@ -26,10 +26,10 @@ CACR_HD double fused(double a, double b, double c) { return fma(a, b, c); }
 // Running sums over a row. Start with row_begin, add elements (row_add) or other partial rows (row_merge).
 template <typename T>
 struct RowState {
-    T max_x, sum_x;  // m_x, sum exp(x - m_x)
-    T max_y, sum_y;  // m_y, sum exp(y - m_y)
-    T centre;        // c, near E_p[d]: E_p[d] and E_q[d] of nearly uniform rows agree in most digits
-    T dot_x, dot_y;  // sum exp(x - m_x) (d - c), sum exp(y - m_y) (d - c), d = (x - m_x) - (y - m_y)
+    T max_x, sum_x, low_x;  // m_x, sum exp(x - m_x) as sum_x + low_x
+    T max_y, sum_y, low_y;  // m_y, sum exp(y - m_y)
+    T centre;               // c, near E_p[d]: E_p[d] and E_q[d] of nearly uniform rows agree in most digits
+    T dot_x, dot_y;         // sum exp(x - m_x) (d - c), sum exp(y - m_y) (d - c), d = (x - m_x) - (y - m_y)
 };
 
 // The finished row, d relative to the maxima: what backward needs.
@@ -45,7 +45,7 @@ CACR_HD RowState<T> row_begin(T max_x, T max_y) {
     RowState<T> s;
     s.max_x = max_x;
     s.max_y = max_y;
-    s.sum_x = s.sum_y = s.centre = s.dot_x = s.dot_y = T(0);
+    s.sum_x = s.low_x = s.sum_y = s.low_y = s.centre = s.dot_x = s.dot_y = T(0);
     return s;
 }
 
@@ -63,12 +63,23 @@ CACR_HD void row_raise(RowState<T>& s, T tile_max_x, T tile_max_y) {
     const bool near = cx > T(0.5);
     const T step = near ? T(0) : moved;
     s.centre = near ? moved : T(0);
-    s.dot_x = (s.dot_x + s.sum_x * step) * cx;
-    s.dot_y = (s.dot_y + s.sum_y * step) * cy;
+    s.dot_x = fused(s.low_x, step, fused(s.sum_x, step, s.dot_x)) * cx;
+    s.dot_y = fused(s.low_y, step, fused(s.sum_y, step, s.dot_y)) * cy;
     s.sum_x *= cx;
+    s.low_x *= cx;
     s.sum_y *= cy;
+    s.low_y *= cy;
     s.max_x = max_x;
     s.max_y = max_y;
+}
+
+// sum += term, what that rounds away goes to `low`. Terms of nearly uniform rows are all a little below 1, so that sums round
+// the same way at every step, and a move of c, which multiplies them, takes the error into the dots.
+template <typename T>
+CACR_HD void add_exactly(T& sum, T& low, T term) {
+    const T total = sum + term;
+    low += term - (total - sum);
+    sum = total;
 }
 
 // Adds one element whose logits x = factor * product and y do not exceed the running maxima. x - m_x is rounded once, here and
@@ -80,10 +91,10 @@ CACR_HD void row_add(RowState<T>& s, T factor, T product, T y) {
     const T d = (u - v) - s.centre;
     const T ex = exp_of(u);
     const T ey = exp_of(v);
-    s.sum_x += ex;
-    s.dot_x += ex * d;
-    s.sum_y += ey;
-    s.dot_y += ey * d;
+    add_exactly(s.sum_x, s.low_x, ex);
+    s.dot_x = fused(ex, d, s.dot_x);
+    add_exactly(s.sum_y, s.low_y, ey);
+    s.dot_y = fused(ey, d, s.dot_y);
 }
 
 // Moves c to E_p[d] of the elements so far. What was rounded at the old c stays so: after the first elements, begin again
@@ -93,15 +104,15 @@ CACR_HD void row_follow(RowState<T>& s) {
     if (!(s.sum_x > T(0))) return;
     const T step = s.dot_x / s.sum_x;
     s.centre += step;
-    s.dot_x -= s.sum_x * step;
-    s.dot_y -= s.sum_y * step;
+    s.dot_x = fused(-s.low_x, step, fused(-s.sum_x, step, s.dot_x));
+    s.dot_y = fused(-s.low_y, step, fused(-s.sum_y, step, s.dot_y));
 }
 
 // The empty row with the maxima and c of `s`.
 template <typename T>
 CACR_HD void row_restart(RowState<T>& s) {
     row_follow(s);
-    s.sum_x = s.sum_y = s.dot_x = s.dot_y = T(0);
+    s.sum_x = s.low_x = s.sum_y = s.low_y = s.dot_x = s.dot_y = T(0);
 }
 
 // Adds the partial row o of the same row.
@@ -109,6 +120,11 @@ template <typename T>
 CACR_HD void row_merge(RowState<T>& s, RowState<T> o) {
     row_raise(s, o.max_x, o.max_y);
     row_raise(o, s.max_x, s.max_y);
+    s.sum_x += s.low_x;
+    s.sum_y += s.low_y;
+    o.sum_x += o.low_x;
+    o.sum_y += o.low_y;
+    s.low_x = s.low_y = T(0);
     const T step = o.centre - s.centre;
     s.dot_x += o.dot_x + o.sum_x * step;
     s.dot_y += o.dot_y + o.sum_y * step;
@@ -121,18 +137,18 @@ template <typename T>
 CACR_HD RowNumbers<T> row_finish(const RowState<T>& s) {
     RowNumbers<T> r;
     r.max_x = s.max_x;
-    r.sum_x = s.sum_x;
+    r.sum_x = s.sum_x + s.low_x;
     r.max_y = s.max_y;
-    r.sum_y = s.sum_y;
-    r.mean_p = s.dot_x / s.sum_x + s.centre;
-    r.mean_q = s.dot_y / s.sum_y + s.centre;
+    r.sum_y = s.sum_y + s.low_y;
+    r.mean_p = s.dot_x / r.sum_x + s.centre;
+    r.mean_q = s.dot_y / r.sum_y + s.centre;
     return r;
 }
 
 // Symmetric KL of the finished row, from sums that do not hold c; not below 0, NaN stays NaN.
 template <typename T>
 CACR_HD T row_loss(const RowState<T>& s) {
-    const T loss = s.dot_x / s.sum_x - s.dot_y / s.sum_y;
+    const T loss = s.dot_x / (s.sum_x + s.low_x) - s.dot_y / (s.sum_y + s.low_y);
     return loss < T(0) ? T(0) : loss;
 }
 

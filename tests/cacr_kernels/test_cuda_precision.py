@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cacr_kernels.reference import cacr_closed_form
-from cacr_kernels.testing import loss_and_gradients, make_scores, score_errors
+from cacr_kernels.testing import errors, loss_and_gradients, make_scores, score_errors
 
 from .cuda_backend import FIXTURES, agree, cuda
 
@@ -38,7 +38,7 @@ def test_error_budget(device, n_text, n_vision, options, budget):
 def at_most_twice_the_errors_of_the_closed_form(n_text, n_vision, **options):
     measured = score_errors(cuda, n_text, n_vision, count=8, **options)
     eager = score_errors(cacr_closed_form, n_text, n_vision, count=8, **options)
-    assert measured.loss <= 2 * eager.loss
+    assert measured.loss <= 2 * eager.loss + 2 * torch.finfo(torch.float32).eps
     assert measured.gradient <= 2 * eager.gradient
     return measured
 
@@ -56,6 +56,16 @@ def at_most_twice_the_errors_of_the_closed_form(n_text, n_vision, **options):
 )
 def test_errors_are_at_most_twice_those_of_the_closed_form(device, n_text, n_vision, options):
     at_most_twice_the_errors_of_the_closed_form(n_text, n_vision, device=device, **options)
+
+
+def test_errors_of_nearly_uniform_rows_with_a_trend(device):
+    """Scores that rise from token to token: 16 times eager's errors where sums round the same way at every step."""
+    trend = 1e-3 * torch.linspace(-1, 1, 160, device=device)
+    problems = [(make_scores(60, 100, pattern="uniform", seed=seed, device=device) + trend,) for seed in range(8)]
+    measured = errors(lambda x: cuda(x, 60), lambda x: cacr_closed_form(x, 60), problems)
+    eager = errors(lambda x: cacr_closed_form(x, 60), lambda x: cacr_closed_form(x, 60), problems)
+    assert measured.loss <= 2 * eager.loss
+    assert measured.gradient <= 2 * eager.gradient
 
 
 def test_half_precision_errors_of_nearly_uniform_rows(device, products):

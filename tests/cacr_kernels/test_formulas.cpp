@@ -103,10 +103,10 @@ static void check_state(const char* what, const RowState<T>& s, const std::vecto
     }
 }
 
-// Errors of the mean loss and of dL/dx of 64 rows, root mean square over problems; a row in two halves that are merged.
-// Nearly uniform, the loss is several times less exact where c or the dots stay behind, or are not restarted with the first
-// tile. Nearly one-hot, dL/dx is where c goes with a maximum that leaves the elements so far without weight, and where the two
-// passes round x - m_x differently.
+// Errors of the mean loss and of dL/dx of 64 rows, root mean square over problems; a row in two halves that are merged. Nearly
+// uniform, the loss is several times less exact where c or the dots stay behind, or are not restarted with the first tile, and
+// in ascending rows where the sums of exponentials round the same way at every step. Nearly one-hot, dL/dx is where c goes with
+// a maximum that leaves the elements so far without weight, and where the two passes round x - m_x differently.
 template <typename T>
 static void check_hard_rows(const char* what, T factor, double deviation_x, double deviation_y, bool ascending, double loss_bound,
                             double gradient_bound, std::mt19937& generator) {
@@ -168,8 +168,8 @@ static void check_rows(double eps) {
                     row_merge(s, walk<T>(1, x, y, n / 2, n, tile, low_x, low_y));
                     check_state<T>("merged halves", s, x, y, want, eps);
                 }
-    check_hard_rows<T>("nearly uniform rows", 1, 1e-6, 1e-3, false, 100 * eps, 2000 * eps, generator);
-    check_hard_rows<T>("nearly uniform ascending rows", 1, 1e-6, 1e-3, true, 500 * eps, 2000 * eps, generator);
+    check_hard_rows<T>("nearly uniform rows", 1, 1e-6, 1e-3, false, 60 * eps, 1500 * eps, generator);
+    check_hard_rows<T>("nearly uniform ascending rows", 1, 1e-6, 1e-3, true, 200 * eps, 1500 * eps, generator);
     check_hard_rows<T>("nearly one-hot rows", 1, 1e5, 10, false, 4 * eps, 50 * eps, generator);
     check_hard_rows<T>("nearly one-hot scaled rows", (T)0.3, 3e5, 10, false, 4 * eps, 50 * eps, generator);
     // Equal distributions: exactly zero, and so are both derivatives.

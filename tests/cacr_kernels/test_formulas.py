@@ -32,10 +32,11 @@ def test_formulas_agree_with_long_double(tmp_path: Path) -> None:
     [
         ("const T d = (u - v) - s.centre;", "const T d = u - v;"),
         ("g.dy = -q * (d - r.mean_q) - (p - q);", "g.dy = -q * (d - r.mean_p) - (p - q);"),
-        ("s.dot_x = (s.dot_x + s.sum_x * step) * cx;", "s.dot_x = s.dot_x * cx;"),
+        ("s.dot_x = fused(s.low_x, step, fused(s.sum_x, step, s.dot_x)) * cx;", "s.dot_x = s.dot_x * cx;"),
         ("const bool near = cx > T(0.5);", "const bool near = false;"),
         ("const bool near = cx > T(0.5);", "const bool near = true;"),
         ("const T u = fused(factor, product, -s.max_x);", "const T x = factor * product, u = x - s.max_x;"),
+        ("low += term - (total - sum);", "low = T(0);"),
         ("s.centre += step;", "s.centre = s.centre;"),
     ],
 )
