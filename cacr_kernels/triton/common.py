@@ -64,9 +64,10 @@ class Scaling(NamedTuple):
 
 
 class Work(NamedTuple):
-    """Kernel argument: the float32 workspace, its size per problem, the spans' bounds, and where its matrices begin.
+    """Kernel argument: the float32 workspace, its size per problem, its rows' lengths, and where its matrices begin.
 
-    u_* and v_*: U and V [n_a, n_b] of a side; g_*: G [n_a, n_a]. Offsets in elements.
+    u_* and v_*: U and V [n_a, n_b] of a side; g_*: G [n_a, n_a]. All in quads, four numbers: rows along text take
+    ``n_text`` quads, so that tiles are read and written 16 bytes at a time.
     """
 
     p: Any
@@ -238,31 +239,31 @@ def row_tile(spans, BLOCK_I: tl.constexpr):
 
 
 @triton.jit
-def open_work(work, side, offset_text, offset_vision, i_problem):
-    """A float32 matrix [n_a, n_b] of a side in the workspace, at the offset of its side."""
-    p = work.p + i_problem.to(tl.int64) * work.s_problem.to(tl.int64)
-    p += tl.where(side.is_text, offset_text, offset_vision).to(tl.int64)
-    s_r = tl.where(side.is_text, work.n_vision, work.n_text).to(tl.int64)
-    return Matrix(p, s_r, 1, side.n_a, side.n_b, p, 0)
+def open_work(work, side, along_text, n_c, offset_text, offset_vision, i_problem):
+    """A float32 matrix [n_a, n_c] of a side in the workspace, at the offset of its side; along_text: its rows are.
+
+    Its columns end at a multiple of four: those beyond n_c are written with the others, and meet masked factors.
+    """
+    o = i_problem.to(tl.int64) * work.s_problem.to(tl.int64)
+    o += tl.where(side.is_text, offset_text, offset_vision).to(tl.int64)
+    s_r = tl.where(along_text, work.n_text, work.n_vision).to(tl.int64)
+    p = work.p + o * 4
+    return Matrix(p, s_r * 4, 1, side.n_a, (n_c + 3) // 4 * 4, p, 0)
 
 
 @triton.jit
 def open_u(work, side, i_problem):
-    return open_work(work, side, work.u_text, work.u_vision, i_problem)
+    return open_work(work, side, side.is_text == 0, side.n_b, work.u_text, work.u_vision, i_problem)
 
 
 @triton.jit
 def open_v(work, side, i_problem):
-    return open_work(work, side, work.v_text, work.v_vision, i_problem)
+    return open_work(work, side, side.is_text == 0, side.n_b, work.v_text, work.v_vision, i_problem)
 
 
 @triton.jit
 def open_g(work, side, i_problem):
-    """G [n_a, n_a] of a side in the workspace, float32."""
-    p = work.p + i_problem.to(tl.int64) * work.s_problem.to(tl.int64)
-    p += tl.where(side.is_text, work.g_text, work.g_vision).to(tl.int64)
-    s_r = tl.where(side.is_text, work.n_text, work.n_vision).to(tl.int64)
-    return Matrix(p, s_r, 1, side.n_a, side.n_a, p, 0)
+    return open_work(work, side, side.is_text, side.n_a, work.g_text, work.g_vision, i_problem)
 
 
 @triton.jit

@@ -63,21 +63,18 @@ class Plan:
     kernels: dict[str, Launch] = field(default_factory=dict)
 
 
-def kernels(
-    small: int, k: int, large: int, warps: int, caps: tuple[int | None, int | None] = (160, 128)
-) -> dict[str, Launch]:
-    """Kernels that compare rows want few rows or 32 x 32 tiles (registers), plain products ``large`` ones.
+def kernels(small: int, k: int, large: int, warps: int) -> dict[str, Launch]:
+    """The small path takes 64 rows a tile, with four warps for rows of up to 64 tokens and eight beyond. Large spans
+    take few rows or 32 x 32 tiles where rows are compared (registers), ``large`` tiles for plain products.
 
     Dots in chunks of ``small`` numbers where rows are held whole, elsewhere of ``k``. All kernels that form X form it
     bit for bit alike, since rows near one-hot amplify a difference between forward and backward: with the same chunks,
-    and with fewer than 64 rows a tile, which keeps Hopper and Blackwell to one instruction. ``caps``: registers of the
-    small kernels by bucket, so that 12 or 16 warps share a multiprocessor, where 8 would wait for memory together.
+    and all with 64 rows a tile or all with fewer, which decides the instruction on Hopper and Blackwell.
     """
     found = {}
-    for bucket, threads, cap in zip(BUCKETS, (4, 8), caps):
-        for name in ("forward", "rows", "cross"):
-            found[f"{name}_{bucket}"] = launch(i=16, c=32, k=small, warps=threads, registers=cap)
-        found[f"own_{bucket}"] = launch(i=16, c=32, k=small, warps=threads)
+    for bucket, threads in zip(BUCKETS, (4, 8)):
+        for name in ("forward", "rows", "cross", "own"):
+            found[f"{name}_{bucket}"] = launch(i=64, c=small, k=small, warps=threads)
     return found | {
         "numbers": launch(i=16, j=128),
         "fill": launch(i=16, j=128),
@@ -92,8 +89,7 @@ def kernels(
 
 #: float32: multiply-adds where shared memory is scarce, three tf32 products elsewhere; 16-bit: bfloat16 products
 IEEE = Plan("ieee", kernels(16, 16, 64, 8))
-TF32X3 = Plan("tf32x3", kernels(32, 16, 64, 8))
-TF32X3_FREE = Plan("tf32x3", kernels(32, 16, 64, 8, caps=(None, None)))
+TF32X3 = Plan("tf32x3", kernels(16, 16, 64, 8))
 SPLIT = Plan("split", kernels(32, 32, 64, 8))
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -103,7 +99,7 @@ TABLE: dict[int, dict[str, Plan]] = {
     86: {"float32": IEEE, "float16": SPLIT, "bfloat16": SPLIT},
     89: {"float32": IEEE, "float16": SPLIT, "bfloat16": SPLIT},
     90: {"float32": TF32X3, "float16": SPLIT, "bfloat16": SPLIT},
-    100: {"float32": TF32X3_FREE, "float16": SPLIT, "bfloat16": SPLIT},
+    100: {"float32": TF32X3, "float16": SPLIT, "bfloat16": SPLIT},
 }
 
 #: tile sizes of each kernel

@@ -66,11 +66,16 @@ class Problem:
         block = self.block(name, "I")
         return tiles(self.n_text, block) + tiles(self.n_vision, block)
 
-    def workspace(self, size: int, **offsets: int) -> Work:
-        """``size`` float32 numbers a problem, and where U, V (by side) and G begin in them."""
-        p = torch.empty(self.count * size, dtype=torch.float32, device=self.device)
+    def quads(self, text: bool, along_text: bool) -> int:
+        """Quads of a matrix in the workspace with a row for every token of a side: rows are padded to 16 bytes."""
+        return self.length(text) * tiles(self.length(along_text), 4)
+
+    def workspace(self, quads: int, **offsets: int) -> Work:
+        """``quads`` of four float32 numbers a problem, and where U, V and G (by side) begin in them."""
+        p = torch.empty(self.count * quads * 4, dtype=torch.float32, device=self.device)
         names = ("u_text", "u_vision", "v_text", "v_vision", "g_text", "g_vision")
-        return Work(p, *odd(size, self.n_text, self.n_vision, *(offsets.get(name, 0) for name in names)))
+        rows = (tiles(self.n_text, 4), tiles(self.n_vision, 4))
+        return Work(p, *odd(quads, *rows, *(offsets.get(name, 0) for name in names)))
 
     def launch(self, kernel: Any, name: str, programs: int, *args: Any, **flags: Any) -> None:
         """Launch ``kernel`` as the table says for ``name``, on ``programs`` programs a problem."""

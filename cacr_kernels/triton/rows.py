@@ -15,6 +15,8 @@ import triton.language as tl
 SMALLEST_PROBABILITY = tl.constexpr(1e-12)
 #: below every logit, and so far from overflow that differences of such numbers stay finite
 LOW = tl.constexpr(-1e30)
+#: log2(e)
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -194,8 +196,9 @@ def rows_gradient(b_x, b_y, rows, inside):
     b_x, b_y = mask_logits(b_x, b_y, inside)
     b_x -= m_x[:, None]
     b_y -= m_y[:, None]
-    b_p = tl.exp(b_x) * (1.0 / l_x)[:, None]
-    b_q = tl.exp(b_y) * (1.0 / l_y)[:, None]
+    # the sums go into the exponents: a product at the end would be fused with p - q, which is then not 0 where p is q
+    b_p = tl.exp2(b_x * LOG2_E - tl.log2(l_x)[:, None])
+    b_q = tl.exp2(b_y * LOG2_E - tl.log2(l_y)[:, None])
     b_d = b_x - b_y
     b_r = b_p - b_q
     return b_p * (b_d - e_p[:, None]) + b_r, -b_q * (b_d - e_q[:, None]) - b_r

@@ -43,10 +43,10 @@ def scores_forward(
             **problem.widths, **flags,
         )  # fmt: skip
     elif problem.count:
-        size = spans.n_text * spans.n_vision
-        work = problem.workspace(2 * size, u_vision=size)
+        u_text, u_vision = problem.quads(True, False), problem.quads(False, True)
+        work = problem.workspace(u_text + u_vision, u_vision=u_text)
         for text in (True, False):
-            if (options.text if text else options.vision) and size:
+            if (options.text if text else options.vision) and not problem.empty:
                 problem.project(work, stats, text)
         problem.launch(
             large_forward_kernel, name, programs, problem.scaling, loss, stats, work, problem.n_heads, **flags
@@ -69,11 +69,16 @@ class Backward:
         self.active = {True: options.text, False: options.vision}
 
     def small(self) -> None:
-        """Workspace G, V of both sides: T^2 + R^2 + 2 T R = (T + R)^2, one float32 S."""
+        """Workspace G, V of both sides: T^2 + R^2 + 2 T R = (T + R)^2, one float32 S (rows padded to 16 bytes)."""
         problem = self.problem
-        t, r = problem.n_text, problem.n_vision
-        places = {"g_vision": t * t, "v_text": t * t + r * r, "v_vision": t * t + r * r + t * r}
-        work = problem.workspace((t + r) ** 2 if self.grad_x else 0, **places)
+        quads = problem.quads
+        g_vision = quads(True, True)
+        v_text = g_vision + quads(False, False)
+        v_vision = v_text + quads(True, False)
+        size = v_vision + quads(False, True)
+        work = problem.workspace(
+            size if self.grad_x else 0, g_vision=g_vision, v_text=v_text, v_vision=v_vision
+        )
         flags = {"KIND": problem.kind, **problem.widths}
         own, cross = (self.tt, self.vv), (self.tv, self.vt)
 
@@ -94,27 +99,29 @@ class Backward:
         """The longer side goes first, so that its G can make room for the shorter side's U.
 
         Workspace: U of the first side | V of the side at work | G of the first side, then U of the second |
-        G of the second: 2 T R + max^2 + min^2 = (T + R)^2 with max and min of T and R, one float32 S. The second
-        side's own block (which needs the first side's V) comes before its V overwrites that one.
+        G of the second: 2 T R + max^2 + min^2 = (T + R)^2 with max and min of T and R, one float32 S (rows padded to
+        16 bytes). The second side's own block (which needs the first side's V) comes before its V overwrites that one.
         """
         problem = self.problem
-        size = problem.n_text * problem.n_vision
+        quads = problem.quads
+        u_text, u_vision = quads(True, False), quads(False, True)
         first = problem.n_text >= problem.n_vision
         if not self.grad_x:
-            work = problem.workspace(2 * size, u_vision=size)
+            work = problem.workspace(u_text + u_vision, u_vision=u_text)
             for text in (True, False):
                 if self.active[text]:
                     problem.project(work, self.stats, text)
             self.own(work, True, False)
             return
-        longest = problem.length(first) ** 2
-        places = {"u_text": 0, "u_vision": 2 * size, "v_text": size, "v_vision": size}
-        places |= {"g_text": 2 * size, "g_vision": 2 * size + longest}
+        v = u_text if first else u_vision
+        g = v + max(u_text, u_vision)
+        places = {"u_text": 0, "u_vision": g, "v_text": v, "v_vision": v}
+        places |= {"g_text": g, "g_vision": g + quads(first, first)}
         if not first:
             for name in ("u", "g"):
                 one, other = f"{name}_text", f"{name}_vision"
                 places[one], places[other] = places[other], places[one]
-        work = problem.workspace(2 * size + longest + problem.length(not first) ** 2, **places)
+        work = problem.workspace(g + quads(True, True) + quads(False, False), **places)
         if self.active[first]:
             self.cross(work, first)
         if self.active[not first]:

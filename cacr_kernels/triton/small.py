@@ -41,6 +41,12 @@ from .products import load_centred
 from .rows import load_rows, mask_logits, rows_gradient, side_scale, store_rows, target_gradient, target_logits
 
 
+@triton.constexpr_function
+def chunk(size, kind):
+    """A chunk of columns or of a sum. Kind "softmax": at most 16, since its factors are formed from more registers."""
+    return min(size, 16) if kind == "softmax" else size
+
+
 @triton.jit
 def projected_rows(
     side, i, KIND: tl.constexpr, DOT: tl.constexpr, UNIT: tl.constexpr,
@@ -86,16 +92,17 @@ def compare_rows(
     m_y = tl.max(b_y, 1)
     b_x -= m_x[:, None]
     b_y -= m_y[:, None]
-    b_p = tl.exp(b_x)
+    b_p = tl.exp(b_x)  # without their sums: p l_x, q l_y
     b_q = tl.exp(b_y)
     l_x = tl.sum(b_p, 1)
     l_y = tl.sum(b_q, 1)
-    b_p *= (1.0 / l_x)[:, None]
-    b_q *= (1.0 / l_y)[:, None]
     b_d = b_x - b_y
-    e_p = tl.sum(b_p * b_d, 1)
-    e_q = tl.sum(b_q * b_d, 1)
-    return tl.sum((b_p - b_q) * (b_d - e_q[:, None]), 1), m_x, l_x, m_y, l_y, e_p, e_q
+    e_p = tl.sum(b_p * b_d, 1) / l_x
+    e_q = tl.sum(b_q * b_d, 1) / l_y
+    # relative to E_q[d] both sums are small, and equal to the bit where p is q
+    b_d -= e_q[:, None]
+    b_loss = tl.sum(b_p * b_d, 1) / l_x - tl.sum(b_q * b_d, 1) / l_y
+    return b_loss, m_x, l_x, m_y, l_y, e_p, e_q
 
 
 @triton.jit(do_not_specialize=["loss", "stats", "n_heads"])
@@ -119,7 +126,9 @@ def small_forward_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Loss and row numbers: sum_j (p_j - q_j) (d_j - E_q[d]) a row, d = (x - m_x) - (y - m_y)."""
+    """Loss and row numbers: E_p[d - E_q[d]] - E_q[d - E_q[d]] a row, d = (x - m_x) - (y - m_y)."""
+    C: tl.constexpr = chunk(BLOCK_C, KIND)
+    K: tl.constexpr = chunk(BLOCK_K, KIND)
     tt, tv, vt, vv = plain_blocks(tt, tv, vt, vv)
     spans = SpanArgs(spans.table, *plain_spans(spans))
     scaling = plain_scaling(scaling)
@@ -134,11 +143,11 @@ def small_forward_kernel(
     if (i < side.n_a) & active:
         if is_text:
             b_loss, m_x, l_x, m_y, l_y, e_p, e_q = compare_rows(
-                side, i, scale, KIND, DOT, UNIT, BLOCK_I, BLOCK_T, BLOCK_C, BLOCK_K
+                side, i, scale, KIND, DOT, UNIT, BLOCK_I, BLOCK_T, C, K
             )
         else:
             b_loss, m_x, l_x, m_y, l_y, e_p, e_q = compare_rows(
-                side, i, scale, KIND, DOT, UNIT, BLOCK_I, BLOCK_R, BLOCK_C, BLOCK_K
+                side, i, scale, KIND, DOT, UNIT, BLOCK_I, BLOCK_R, C, K
             )
         total += tl.sum(tl.where((o_i >= side.n_a) | (b_loss < 0.0), 0.0, b_loss)) * weight
     if SAVE:
@@ -196,6 +205,8 @@ def small_rows_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """G_I, V_I = G_I F and dY_I for one tile I of rows of one side."""
+    C: tl.constexpr = chunk(BLOCK_C, KIND)
+    K: tl.constexpr = chunk(BLOCK_K, KIND)
     tt, tv, vt, vv = plain_blocks(tt, tv, vt, vv)
     spans = SpanArgs(spans.table, *plain_spans(spans))
     scaling = plain_scaling(scaling)
@@ -211,11 +222,11 @@ def small_rows_kernel(
         m_v = open_v(work, side, i_problem)
         if is_text:
             rows_tile(
-                side, i, g, scale, m_s, m_g, m_v, KIND, DOT, UNIT, GRAD_X, GRAD_Y, BLOCK_I, BLOCK_T, BLOCK_C, BLOCK_K
+                side, i, g, scale, m_s, m_g, m_v, KIND, DOT, UNIT, GRAD_X, GRAD_Y, BLOCK_I, BLOCK_T, C, K
             )
         else:
             rows_tile(
-                side, i, g, scale, m_s, m_g, m_v, KIND, DOT, UNIT, GRAD_X, GRAD_Y, BLOCK_I, BLOCK_R, BLOCK_C, BLOCK_K
+                side, i, g, scale, m_s, m_g, m_v, KIND, DOT, UNIT, GRAD_X, GRAD_Y, BLOCK_I, BLOCK_R, C, K
             )
 
 
@@ -269,6 +280,8 @@ def small_cross_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """dF_I = (G^T F)_I S_bb + V_I S_bb^T for one tile I of rows of F (columns of G), J >= n_b, and dS_ab from it."""
+    C: tl.constexpr = chunk(BLOCK_C, KIND)
+    K: tl.constexpr = chunk(BLOCK_K, KIND)
     tt, tv, vt, vv = plain_blocks(tt, tv, vt, vv)
     spans = SpanArgs(spans.table, *plain_spans(spans))
     scaling = plain_scaling(scaling)
@@ -282,9 +295,9 @@ def small_cross_kernel(
         grad = tl.where(is_text, grad_tv, grad_vt)
         m_s = open_gradient(grad, spans, i_problem, n_heads, is_text, is_text == 0, side.n_a, side.n_b)
         if is_text:
-            cross_tile(side, i, m_g, m_v, m_s, KIND, DOT, UNIT, BLOCK_I, BLOCK_R, BLOCK_C, BLOCK_K)
+            cross_tile(side, i, m_g, m_v, m_s, KIND, DOT, UNIT, BLOCK_I, BLOCK_R, C, K)
         else:
-            cross_tile(side, i, m_g, m_v, m_s, KIND, DOT, UNIT, BLOCK_I, BLOCK_T, BLOCK_C, BLOCK_K)
+            cross_tile(side, i, m_g, m_v, m_s, KIND, DOT, UNIT, BLOCK_I, BLOCK_T, C, K)
 
 
 @triton.jit
@@ -339,6 +352,8 @@ def small_own_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """dS_aa = dY + dS'_aa for one tile I of rows: the target of side a, and the inner block of side b."""
+    C: tl.constexpr = chunk(BLOCK_C, KIND)
+    K: tl.constexpr = chunk(BLOCK_K, KIND)
     tt, tv, vt, vv = plain_blocks(tt, tv, vt, vv)
     spans = SpanArgs(spans.table, *plain_spans(spans))
     scaling = plain_scaling(scaling)
@@ -356,10 +371,10 @@ def small_own_kernel(
         if is_text:
             own_tile(
                 side, back, i, g, scale, active, back_active, m_v, m_s, KIND, DOT, UNIT, GRAD_Y,
-                BLOCK_I, BLOCK_T, BLOCK_C, BLOCK_K,
+                BLOCK_I, BLOCK_T, C, K,
             )  # fmt: skip
         else:
             own_tile(
                 side, back, i, g, scale, active, back_active, m_v, m_s, KIND, DOT, UNIT, GRAD_Y,
-                BLOCK_I, BLOCK_R, BLOCK_C, BLOCK_K,
+                BLOCK_I, BLOCK_R, C, K,
             )  # fmt: skip
