@@ -42,9 +42,13 @@ from .rows import load_rows, mask_logits, rows_gradient, side_scale, store_rows,
 
 
 @triton.constexpr_function
-def chunk(size, kind):
-    """A chunk of columns or of a sum. Kind "softmax": at most 16, since its factors are formed from more registers."""
-    return min(size, 16) if kind == "softmax" else size
+def chunk(size, kind, width=0, other=0):
+    """A chunk of columns or of a sum. Kind "softmax": at most 16, since its factors are formed from more registers.
+
+    32 at least where rows have half the width of the other side's, or less: they leave registers for it.
+    """
+    size = min(size, 16) if kind == "softmax" else size
+    return max(size, 32) if width < other else size
 
 
 @triton.jit
@@ -127,7 +131,8 @@ def small_forward_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """Loss and row numbers: E_p[d - E_q[d]] - E_q[d - E_q[d]] a row, d = (x - m_x) - (y - m_y)."""
-    C: tl.constexpr = chunk(BLOCK_C, KIND)
+    C_T: tl.constexpr = chunk(BLOCK_C, KIND, BLOCK_T, BLOCK_R)
+    C_R: tl.constexpr = chunk(BLOCK_C, KIND, BLOCK_R, BLOCK_T)
     K: tl.constexpr = chunk(BLOCK_K, KIND)
     tt, tv, vt, vv = plain_blocks(tt, tv, vt, vv)
     spans = SpanArgs(spans.table, *plain_spans(spans))
@@ -143,11 +148,11 @@ def small_forward_kernel(
     if (i < side.n_a) & active:
         if is_text:
             b_loss, m_x, l_x, m_y, l_y, e_p, e_q = compare_rows(
-                side, i, scale, KIND, DOT, UNIT, BLOCK_I, BLOCK_T, C, K
+                side, i, scale, KIND, DOT, UNIT, BLOCK_I, BLOCK_T, C_T, K
             )
         else:
             b_loss, m_x, l_x, m_y, l_y, e_p, e_q = compare_rows(
-                side, i, scale, KIND, DOT, UNIT, BLOCK_I, BLOCK_R, C, K
+                side, i, scale, KIND, DOT, UNIT, BLOCK_I, BLOCK_R, C_R, K
             )
         total += tl.sum(tl.where((o_i >= side.n_a) | (b_loss < 0.0), 0.0, b_loss)) * weight
     if SAVE:
@@ -157,7 +162,7 @@ def small_forward_kernel(
 
 @triton.jit
 def rows_tile(
-    side, i, g, scale, m_s, m_g, m_v, KIND: tl.constexpr, DOT: tl.constexpr, UNIT: tl.constexpr,
+    side, i, g, scale, m_s, work, i_problem, KIND: tl.constexpr, DOT: tl.constexpr, UNIT: tl.constexpr,
     GRAD_X: tl.constexpr, GRAD_Y: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -166,6 +171,8 @@ def rows_tile(
     if GRAD_Y:
         store_tile(m_s, b_dy * g, i, 0, BLOCK_I, BLOCK_J)
     if GRAD_X:
+        m_g = open_g(work, side, i_problem)
+        m_v = open_v(work, side, i_problem)
         store_tile(m_g, b_dx * (g * scale), i, 0, BLOCK_I, BLOCK_J)
         tl.debug_barrier()
         for c in range(0, side.n_b, BLOCK_C):
@@ -205,7 +212,8 @@ def small_rows_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """G_I, V_I = G_I F and dY_I for one tile I of rows of one side."""
-    C: tl.constexpr = chunk(BLOCK_C, KIND)
+    C_T: tl.constexpr = chunk(BLOCK_C, KIND, BLOCK_T, BLOCK_R)
+    C_R: tl.constexpr = chunk(BLOCK_C, KIND, BLOCK_R, BLOCK_T)
     K: tl.constexpr = chunk(BLOCK_K, KIND)
     tt, tv, vt, vv = plain_blocks(tt, tv, vt, vv)
     spans = SpanArgs(spans.table, *plain_spans(spans))
@@ -218,15 +226,13 @@ def small_rows_kernel(
         g = load_grad_loss(grad_loss, s_g_b, s_g_h, i_problem, n_heads) * weight
         grad = tl.where(is_text, grad_tt, grad_vv)
         m_s = open_gradient(grad, spans, i_problem, n_heads, is_text, is_text, side.n_a, side.n_a)
-        m_g = open_g(work, side, i_problem)
-        m_v = open_v(work, side, i_problem)
         if is_text:
             rows_tile(
-                side, i, g, scale, m_s, m_g, m_v, KIND, DOT, UNIT, GRAD_X, GRAD_Y, BLOCK_I, BLOCK_T, C, K
+                side, i, g, scale, m_s, work, i_problem, KIND, DOT, UNIT, GRAD_X, GRAD_Y, BLOCK_I, BLOCK_T, C_T, K
             )
         else:
             rows_tile(
-                side, i, g, scale, m_s, m_g, m_v, KIND, DOT, UNIT, GRAD_X, GRAD_Y, BLOCK_I, BLOCK_R, C, K
+                side, i, g, scale, m_s, work, i_problem, KIND, DOT, UNIT, GRAD_X, GRAD_Y, BLOCK_I, BLOCK_R, C_R, K
             )
 
 
@@ -280,7 +286,8 @@ def small_cross_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """dF_I = (G^T F)_I S_bb + V_I S_bb^T for one tile I of rows of F (columns of G), J >= n_b, and dS_ab from it."""
-    C: tl.constexpr = chunk(BLOCK_C, KIND)
+    C_T: tl.constexpr = chunk(BLOCK_C, KIND, BLOCK_T, BLOCK_R)
+    C_R: tl.constexpr = chunk(BLOCK_C, KIND, BLOCK_R, BLOCK_T)
     K: tl.constexpr = chunk(BLOCK_K, KIND)
     tt, tv, vt, vv = plain_blocks(tt, tv, vt, vv)
     spans = SpanArgs(spans.table, *plain_spans(spans))
@@ -295,9 +302,9 @@ def small_cross_kernel(
         grad = tl.where(is_text, grad_tv, grad_vt)
         m_s = open_gradient(grad, spans, i_problem, n_heads, is_text, is_text == 0, side.n_a, side.n_b)
         if is_text:
-            cross_tile(side, i, m_g, m_v, m_s, KIND, DOT, UNIT, BLOCK_I, BLOCK_R, C, K)
+            cross_tile(side, i, m_g, m_v, m_s, KIND, DOT, UNIT, BLOCK_I, BLOCK_R, C_R, K)
         else:
-            cross_tile(side, i, m_g, m_v, m_s, KIND, DOT, UNIT, BLOCK_I, BLOCK_T, C, K)
+            cross_tile(side, i, m_g, m_v, m_s, KIND, DOT, UNIT, BLOCK_I, BLOCK_T, C_T, K)
 
 
 @triton.jit
@@ -306,23 +313,25 @@ def own_tile(
     GRAD_Y: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """dS_aa to m_s for one tile I of rows, J >= n_a."""
-    b_ds = tl.zeros([BLOCK_I, BLOCK_J], tl.float32)
+    """dS_aa to m_s for one tile I of rows, J >= n_a. dY comes first: X takes most registers."""
+    b_dy = tl.zeros([BLOCK_I, BLOCK_J], tl.float32)
+    if GRAD_Y:
+        if active:
+            b_dx, b_dy = row_gradients(side, i, scale, KIND, DOT, UNIT, BLOCK_I, BLOCK_J, BLOCK_C, BLOCK_K)
+            b_dy *= g
+    else:
+        b_dy += load_tile(m_s, i, 0, BLOCK_I, BLOCK_J, True, DOT)
     if back_active:
+        b_ds = tl.zeros([BLOCK_I, BLOCK_J], tl.float32) if KIND == "softmax" else b_dy
         for k in range(0, back.n_a, BLOCK_K):
             # dS' += F_b^T V_b: [I, J] += [I, K] [K, J]
             b_f = load_factor(back.cross, k, i, BLOCK_K, BLOCK_I, KIND, UNIT, DOT)
             b_ds = dot(tl.trans(b_f), load_tile(m_v, k, 0, BLOCK_K, BLOCK_J, True, DOT), b_ds, DOT)
         if KIND == "softmax":
             b_p = load_factor(side.own, i, 0, BLOCK_I, BLOCK_J, KIND, UNIT, DOT)
-            b_ds = b_p * (b_ds - tl.sum(b_p * b_ds, 1)[:, None])
-    if GRAD_Y:
-        if active:
-            b_dx, b_dy = row_gradients(side, i, scale, KIND, DOT, UNIT, BLOCK_I, BLOCK_J, BLOCK_C, BLOCK_K)
-            b_ds += b_dy * g
-    else:
-        b_ds += load_tile(m_s, i, 0, BLOCK_I, BLOCK_J, True, DOT)
-    store_tile(m_s, b_ds, i, 0, BLOCK_I, BLOCK_J)
+            b_ds = b_dy + b_p * (b_ds - tl.sum(b_p * b_ds, 1)[:, None])
+        b_dy = b_ds
+    store_tile(m_s, b_dy, i, 0, BLOCK_I, BLOCK_J)
 
 
 @triton.jit(do_not_specialize=[*UNSPECIALIZED, "grad_tt", "grad_vv"])
@@ -352,7 +361,8 @@ def small_own_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """dS_aa = dY + dS'_aa for one tile I of rows: the target of side a, and the inner block of side b."""
-    C: tl.constexpr = chunk(BLOCK_C, KIND)
+    C_T: tl.constexpr = chunk(BLOCK_C, KIND, BLOCK_T, BLOCK_R)
+    C_R: tl.constexpr = chunk(BLOCK_C, KIND, BLOCK_R, BLOCK_T)
     K: tl.constexpr = chunk(BLOCK_K, KIND)
     tt, tv, vt, vv = plain_blocks(tt, tv, vt, vv)
     spans = SpanArgs(spans.table, *plain_spans(spans))
@@ -371,10 +381,10 @@ def small_own_kernel(
         if is_text:
             own_tile(
                 side, back, i, g, scale, active, back_active, m_v, m_s, KIND, DOT, UNIT, GRAD_Y,
-                BLOCK_I, BLOCK_T, C, K,
+                BLOCK_I, BLOCK_T, C_T, K,
             )  # fmt: skip
         else:
             own_tile(
                 side, back, i, g, scale, active, back_active, m_v, m_s, KIND, DOT, UNIT, GRAD_Y,
-                BLOCK_I, BLOCK_R, C, K,
+                BLOCK_I, BLOCK_R, C_R, K,
             )  # fmt: skip
