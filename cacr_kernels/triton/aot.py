@@ -37,6 +37,7 @@ from .host import Problem
 from .products import numbers_kernel, project_kernel
 from .small import small_cross_kernel, small_forward_kernel, small_own_kernel, small_rows_kernel
 from .table import read
+from .whole import whole_backward_kernel, whole_forward_kernel
 
 SPILL_LIMIT = 64
 KINDS = ("scores", "softmax", "probs")
@@ -58,7 +59,9 @@ for bucket in BUCKETS:
         f"forward_{bucket}": (small_forward_kernel, {"SAVE": True, **widths}),
         f"rows_{bucket}": (small_rows_kernel, {"GRAD_X": True, "GRAD_Y": True, **widths}),
         f"cross_{bucket}": (small_cross_kernel, widths),
-        f"own_{bucket}": (small_own_kernel, {"GRAD_Y": True, **widths}),
+        f"own_{bucket}": (small_own_kernel, {"DY": "computed", **widths}),
+        f"whole_forward_{bucket}": (whole_forward_kernel, {"SAVE": True, **widths}),
+        f"whole_backward_{bucket}": (whole_backward_kernel, {"GRAD_Y": True, **widths}),
     }
 
 
@@ -72,6 +75,7 @@ class Case:
     kind: str
     unit: bool = True
     ragged: bool = True
+    narrow: bool = False
     entry: Launch | None = None
 
     @property
@@ -85,6 +89,7 @@ class Case:
 
     def __str__(self) -> str:
         layout = ("" if self.unit else " strided") + ("" if self.ragged else " equal spans")
+        layout += " narrow" if self.narrow else ""
         return f"{self.kernel:14s} sm_{self.arch:<4d} {self.dtype:9s} {self.kind}{layout}"
 
 
@@ -180,26 +185,41 @@ def compile_case(case: Case) -> Report:
     problem = Problem([attn if case.unit else attn.mT], Spans(0, 60, 60, 100, table), Options(kind=case.kind))  # type: ignore[arg-type]
     entry = case.launch
     if case.kernel.startswith("own"):  # float32: dY is in the gradient already (see scores.Backward.small)
-        flags = flags | {"GRAD_Y": case.dtype != "float32"}
+        flags = flags | {"DY": "gradient" if case.dtype == "float32" else "computed"}
+    if case.narrow:
+        flags = flags | {"BLOCK_T": flags["BLOCK_R"] // 2}
     constants = {"KIND": case.kind, "DOT": plan(case.arch, case.dtype).dot, "UNIT": case.unit, **flags, **entry.blocks}
     named = {name: value for name, value in constants.items() if name in kernel.arg_names}
     args = tuple(argument(problem, case.dtype, name) for name in kernel.arg_names if name not in named)
     return inspect(compile_launch(kernel, args, {**named, **entry.options(case.kind)}, case.arch))
 
 
+def is_launched(case: Case) -> bool:
+    """False for a kernel of whole.py where the plan gives its work to another."""
+    if not case.kernel.startswith("whole"):
+        return True
+    size = int(case.kernel.rpartition("_")[2])
+    return plan(case.arch, case.dtype).takes_whole(case.kind, size, size // 2 if case.narrow else size, size)
+
+
 def cases(architectures: list[int], dtypes: list[str], kernels: list[str], kinds: list[str]) -> Iterator[Case]:
     """The matrix: contiguous columns for every kind; strided ones and equal spans once.
 
-    ``numbers`` exists for kind "softmax" only.
+    The small path also ``narrow``: text half as long as vision, with code of its own for either side. ``numbers``
+    exists for kind "softmax" only.
     """
     for arch in architectures:
         for dtype in dtypes:
             for kernel in kernels:
-                for kind in {"numbers": ["softmax"], "fill": ["scores"]}.get(kernel, kinds):
-                    yield Case(kernel, arch, dtype, kind)
+                found = []
+                for narrow in (False, True) if kernel[-1].isdigit() else (False,):
+                    for kind in {"numbers": ["softmax"], "fill": ["scores"]}.get(kernel, kinds):
+                        found.append(Case(kernel, arch, dtype, kind, narrow=narrow))
                 if "scores" in kinds and kernel not in ("numbers", "fill"):
-                    yield Case(kernel, arch, dtype, "scores", unit=False)
-                    yield Case(kernel, arch, dtype, "scores", ragged=False)
+                    narrow = kernel.startswith("whole")
+                    found.append(Case(kernel, arch, dtype, "scores", unit=False, narrow=narrow))
+                    found.append(Case(kernel, arch, dtype, "scores", ragged=False, narrow=narrow))
+                yield from filter(is_launched, found)
 
 
 def table_cases(file: Path, kinds: list[str]) -> Iterator[Case]:
@@ -220,6 +240,11 @@ QUICK = (
     Case("cross_128", 90, "float32", "scores"),
     Case("cross_64", 86, "bfloat16", "softmax"),
     Case("own_128", 89, "float16", "softmax"),
+    Case("own_128", 90, "bfloat16", "scores", narrow=True),
+    Case("whole_forward_128", 90, "float16", "scores", narrow=True),
+    Case("whole_backward_128", 90, "bfloat16", "scores", narrow=True, ragged=False),
+    Case("whole_forward_64", 100, "bfloat16", "probs"),
+    Case("whole_backward_64", 100, "float16", "softmax", narrow=True),
     Case("own_64", 80, "float32", "scores"),
     Case("numbers", 100, "bfloat16", "softmax"),
     Case("fill", 80, "float32", "scores"),

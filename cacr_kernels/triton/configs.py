@@ -1,13 +1,14 @@
 """Launch configurations by architecture, dtype and kernel: plain data, imports nothing.
 
 A kernel's name stands for its size bucket too: forward_64 serves spans of at most 64 tokens, forward_128 those of at
-most 128, the large_* kernels the others, numbers and fill all. Every entry is compiled ahead of time by triton.aot.
-MEASURED holds the entries that a GPU chose, of the scores and of the query/key kernels (qk_launch has their rules).
+most 128 (whole_* where Plan.takes_whole says so), the large_* kernels the others, numbers and fill all. Every entry is
+compiled ahead of time by triton.aot. MEASURED holds the entries that a GPU chose, of the scores and of the query/key
+kernels (qk_launch has their rules).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 #: longest spans of the small path's buckets, whose kernels hold rows of that length whole
@@ -57,10 +58,19 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What one architecture does with one dtype: the scheme of its dots (see common.dot) and a Launch per kernel."""
+    """What one architecture does with one dtype: the scheme of its dots (see common.dot) and a Launch per kernel.
+
+    ``whole``: its tensor cores take factors of that dtype from shared memory, and whole.py serves short spans.
+    """
 
     dot: str
     kernels: dict[str, Launch] = field(default_factory=dict)
+    whole: bool = False
+
+    def takes_whole(self, kind: str, bucket: int | None, n_text: int, n_vision: int) -> bool:
+        """Whether the kernels of whole.py serve a size bucket: what they hold fits in registers."""
+        shorter = min(n_text, n_vision)
+        return self.whole and bucket is not None and (bucket == BUCKETS[0] or (kind == "scores" and shorter <= 64))
 
 
 def kernels(small: int, k: int, large: int, warps: int) -> dict[str, Launch]:
@@ -75,6 +85,8 @@ def kernels(small: int, k: int, large: int, warps: int) -> dict[str, Launch]:
     for bucket, threads in zip(BUCKETS, (4, 8)):
         for name in ("forward", "rows", "cross", "own"):
             found[f"{name}_{bucket}"] = launch(i=64, c=small, k=small, warps=threads)
+        for name in ("whole_forward", "whole_backward"):
+            found[f"{name}_{bucket}"] = launch(warps=threads)
     return found | {
         "numbers": launch(i=16, j=128),
         "fill": launch(i=16, j=128),
@@ -91,6 +103,7 @@ def kernels(small: int, k: int, large: int, warps: int) -> dict[str, Launch]:
 IEEE = Plan("ieee", kernels(16, 16, 64, 8))
 TF32X3 = Plan("tf32x3", kernels(16, 16, 64, 8))
 SPLIT = Plan("split", kernels(32, 32, 64, 8))
+SPLIT_WHOLE = Plan("split", kernels(32, 32, 64, 8), whole=True)
 
 DTYPES = ("float32", "float16", "bfloat16")
 ARCHITECTURES = (80, 86, 89, 90, 100)
@@ -98,8 +111,8 @@ TABLE: dict[int, dict[str, Plan]] = {
     80: {"float32": TF32X3, "float16": SPLIT, "bfloat16": SPLIT},
     86: {"float32": IEEE, "float16": SPLIT, "bfloat16": SPLIT},
     89: {"float32": IEEE, "float16": SPLIT, "bfloat16": SPLIT},
-    90: {"float32": TF32X3, "float16": SPLIT, "bfloat16": SPLIT},
-    100: {"float32": TF32X3, "float16": SPLIT, "bfloat16": SPLIT},
+    90: {"float32": TF32X3, "float16": SPLIT_WHOLE, "bfloat16": SPLIT_WHOLE},
+    100: {"float32": TF32X3, "float16": SPLIT_WHOLE, "bfloat16": SPLIT_WHOLE},
 }
 
 #: tile sizes of each kernel
@@ -130,4 +143,4 @@ def plan(arch: int, dtype: str) -> Plan:
     rules = TABLE[family(arch)][dtype]
     measured = MEASURED.get(family(arch), {})
     found = {key.kernel: entry for key, entry in measured.items() if key.variant == "scores" and key.dtype == dtype}
-    return Plan(rules.dot, {**rules.kernels, **found}) if found else rules
+    return replace(rules, kernels={**rules.kernels, **found}) if found else rules

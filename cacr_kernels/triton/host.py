@@ -46,6 +46,10 @@ class Problem:
         #: of the small path; None: spans are large
         self.bucket = next((bucket for bucket in BUCKETS if longest <= bucket), None)
         self.kind = options.kind
+        #: served by whole.py
+        self.whole = options.stop_gradient != "projection" and self.plan.takes_whole(
+            self.kind, self.bucket, self.n_text, self.n_vision
+        )
         self.flags: dict[str, Any] = {"DOT": self.plan.dot, "UNIT": all(x.stride(-1) == 1 for x in near)}
 
     @property
@@ -54,9 +58,11 @@ class Problem:
 
     @property
     def widths(self) -> dict[str, int]:
-        """Small path: how long the rows of tiles are along text and along vision."""
+        """Small path: how long the rows of tiles are along text and along vision. Whole: at least half the longer."""
+        assert self.bucket is not None
         sizes = {"BLOCK_T": self.n_text, "BLOCK_R": self.n_vision}
-        return {name: next(width for width in WIDTHS if size <= width) for name, size in sizes.items()}
+        least = self.bucket // 2 if self.whole else 0
+        return {name: next(width for width in WIDTHS if max(size, least) <= width) for name, size in sizes.items()}
 
     def length(self, text: bool) -> int:
         return self.n_text if text else self.n_vision

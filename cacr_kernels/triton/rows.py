@@ -185,6 +185,29 @@ def mask_logits(b_x, b_y, inside):
 
 
 @triton.jit
+def compare_logits(b_x, b_y):
+    """(losses, m_x, l_x, m_y, l_y, E_p[d], E_q[d]) of whole rows [I, J] of masked logits (mask_logits).
+
+    A row's loss is E_p[d - c] - E_q[d - c] with c = E_q[d], d = (x - m_x) - (y - m_y).
+    """
+    m_x = tl.max(b_x, 1)
+    m_y = tl.max(b_y, 1)
+    b_x -= m_x[:, None]
+    b_y -= m_y[:, None]
+    b_p = tl.exp(b_x)  # without their sums: p l_x, q l_y
+    b_q = tl.exp(b_y)
+    l_x = tl.sum(b_p, 1)
+    l_y = tl.sum(b_q, 1)
+    b_d = b_x - b_y
+    e_p = tl.sum(b_p * b_d, 1) / l_x
+    e_q = tl.sum(b_q * b_d, 1) / l_y
+    # relative to E_q[d] both sums are small, and equal to the bit where p is q
+    b_d -= e_q[:, None]
+    b_loss = tl.sum(b_p * b_d, 1) / l_x - tl.sum(b_q * b_d, 1) / l_y
+    return b_loss, m_x, l_x, m_y, l_y, e_p, e_q
+
+
+@triton.jit
 def rows_gradient(b_x, b_y, rows, inside):
     """(dL/dX, dL/dY) of a tile [I, J] whose rows' numbers are ``rows`` (load_rows), 0 where not ``inside``.
 

@@ -15,6 +15,7 @@ from .forward import large_forward_kernel
 from .host import Problem, tiles
 from .products import numbers_kernel
 from .small import small_cross_kernel, small_forward_kernel, small_own_kernel, small_rows_kernel
+from .whole import whole_backward_kernel, whole_forward_kernel
 
 
 def scores_forward(
@@ -22,7 +23,8 @@ def scores_forward(
 ) -> tuple[Tensor, list[Tensor]]:
     """Loss [B, H] in float32, and [row numbers [B, H, 8, n_text + n_vision]] when a gradient is needed.
 
-    Small spans: one launch. Large ones: U of each side, then the comparison. Kind "softmax": row numbers first.
+    Small spans: one launch, of whole.py or small.py. Large ones: U of each side, then the comparison. Kind "softmax":
+    row numbers first.
     """
     problem = Problem(inputs, spans, options)
     shape = inputs[0].shape[:2]
@@ -34,12 +36,14 @@ def scores_forward(
     if softmax and not problem.empty:
         problem.launch(numbers_kernel, "numbers", problem.row_tiles("numbers"), stats, problem.n_heads)
     name = "large_forward" if problem.bucket is None else f"forward_{problem.bucket}"
-    programs = max(problem.row_tiles(name), 1)
+    programs = 2 if problem.whole else max(problem.row_tiles(name), 1)
     loss = torch.empty(*shape, programs, dtype=torch.float32, device=problem.device)
     flags = {"KIND": options.kind, "SAVE": needs_grad}
     if problem.count and problem.bucket is not None:
+        kernel = whole_forward_kernel if problem.whole else small_forward_kernel
+        name = f"whole_{name}" if problem.whole else name
         problem.launch(
-            small_forward_kernel, name, programs, problem.scaling, loss, stats, problem.n_heads,
+            kernel, name, programs, problem.scaling, loss, stats, problem.n_heads,
             **problem.widths, **flags,
         )  # fmt: skip
     elif problem.count:
@@ -69,31 +73,40 @@ class Backward:
         self.active = {True: options.text, False: options.vision}
 
     def small(self) -> None:
-        """Workspace G, V of both sides: T^2 + R^2 + 2 T R = (T + R)^2, one float32 S (rows padded to 16 bytes)."""
+        """Workspace G (whole.py: dY), V of both sides: T^2 + R^2 + 2 T R = (T + R)^2, one float32 S.
+
+        But for its rows, which are padded to 16 bytes.
+        """
         problem = self.problem
         quads = problem.quads
         g_vision = quads(True, True)
         v_text = g_vision + quads(False, False)
         v_vision = v_text + quads(True, False)
         size = v_vision + quads(False, True)
-        work = problem.workspace(
-            size if self.grad_x else 0, g_vision=g_vision, v_text=v_text, v_vision=v_vision
-        )
+        work = problem.workspace(size if self.grad_x else 0, g_vision=g_vision, v_text=v_text, v_vision=v_vision)
         flags = {"KIND": problem.kind, **problem.widths}
         own, cross = (self.tt, self.vv), (self.tv, self.vt)
 
         def launch(kernel: Any, name: str, *args: Any, **more: Any) -> None:
             name = f"{name}_{problem.bucket}"
-            problem.launch(kernel, name, problem.row_tiles(name), *args, **flags, **more)
+            programs = 2 if kernel is whole_backward_kernel else problem.row_tiles(name)
+            problem.launch(kernel, name, programs, *args, **flags, **more)
 
+        if problem.whole:
+            launch(
+                whole_backward_kernel, "whole_backward", *self.shared, work, problem.n_heads, *cross, GRAD_Y=self.grad_y
+            )
+            source = "workspace" if self.grad_y else "gradient"
+            launch(small_own_kernel, "own", *self.shared, work, problem.n_heads, *own, DY=source)
+            return
         # a dY left in a 16-bit gradient would be rounded twice
         early = self.grad_y and (not self.grad_x or self.tt.dtype == torch.float32)
         rows = {"GRAD_X": self.grad_x, "GRAD_Y": early}
         launch(small_rows_kernel, "rows", *self.shared, work, problem.n_heads, *own, **rows)
         if self.grad_x:
             launch(small_cross_kernel, "cross", problem.scaling, self.stats, work, problem.n_heads, *cross)
-            late = self.grad_y and not early
-            launch(small_own_kernel, "own", *self.shared, work, problem.n_heads, *own, GRAD_Y=late)
+            source = "computed" if self.grad_y and not early else "gradient"
+            launch(small_own_kernel, "own", *self.shared, work, problem.n_heads, *own, DY=source)
 
     def large(self) -> None:
         """The longer side goes first, so that its G can make room for the shorter side's U.
@@ -207,8 +220,8 @@ def scores_backward(
 ) -> list[Tensor]:
     """d sum(grad_loss loss) / d input: contiguous, in the inputs' dtype, exactly 0 outside the spans.
 
-    Small spans: three launches, or one for stop_gradient "projection". Large ones: at most ten, side after side. One
-    more fills what may lie outside the spans.
+    Small spans: two launches (whole.py) or three, or one for stop_gradient "projection". Large ones: at most ten, side
+    after side. One more fills what may lie outside the spans.
     """
     problem = Problem(inputs, spans, options)
     grads = new_gradients(problem, inputs, spans, options)

@@ -38,7 +38,16 @@ from .common import (
     store_tile,
 )
 from .products import load_centred
-from .rows import load_rows, mask_logits, rows_gradient, side_scale, store_rows, target_gradient, target_logits
+from .rows import (
+    compare_logits,
+    load_rows,
+    mask_logits,
+    rows_gradient,
+    side_scale,
+    store_rows,
+    target_gradient,
+    target_logits,
+)
 
 
 @triton.constexpr_function
@@ -92,21 +101,7 @@ def compare_rows(
     b_y = target_logits(load_tile(side.own, i, 0, BLOCK_I, BLOCK_J, UNIT, DOT), KIND)
     b_x = projected_rows(side, i, KIND, DOT, UNIT, BLOCK_I, BLOCK_J, BLOCK_C, BLOCK_K) * scale
     b_x, b_y = mask_logits(b_x, b_y, inside)
-    m_x = tl.max(b_x, 1)
-    m_y = tl.max(b_y, 1)
-    b_x -= m_x[:, None]
-    b_y -= m_y[:, None]
-    b_p = tl.exp(b_x)  # without their sums: p l_x, q l_y
-    b_q = tl.exp(b_y)
-    l_x = tl.sum(b_p, 1)
-    l_y = tl.sum(b_q, 1)
-    b_d = b_x - b_y
-    e_p = tl.sum(b_p * b_d, 1) / l_x
-    e_q = tl.sum(b_q * b_d, 1) / l_y
-    # relative to E_q[d] both sums are small, and equal to the bit where p is q
-    b_d -= e_q[:, None]
-    b_loss = tl.sum(b_p * b_d, 1) / l_x - tl.sum(b_q * b_d, 1) / l_y
-    return b_loss, m_x, l_x, m_y, l_y, e_p, e_q
+    return compare_logits(b_x, b_y)
 
 
 @triton.jit(do_not_specialize=["loss", "stats", "n_heads"])
@@ -309,16 +304,19 @@ def small_cross_kernel(
 
 @triton.jit
 def own_tile(
-    side, back, i, g, scale, active, back_active, m_v, m_s, KIND: tl.constexpr, DOT: tl.constexpr, UNIT: tl.constexpr,
-    GRAD_Y: tl.constexpr,
+    side, back, i, g, scale, active, back_active, m_v, m_y, m_s, KIND: tl.constexpr, DOT: tl.constexpr,
+    UNIT: tl.constexpr, DY: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """dS_aa to m_s for one tile I of rows, J >= n_a. dY comes first: X takes most registers."""
     b_dy = tl.zeros([BLOCK_I, BLOCK_J], tl.float32)
-    if GRAD_Y:
+    if DY == "computed":
         if active:
             b_dx, b_dy = row_gradients(side, i, scale, KIND, DOT, UNIT, BLOCK_I, BLOCK_J, BLOCK_C, BLOCK_K)
             b_dy *= g
+    elif DY == "workspace":
+        if active:
+            b_dy += load_tile(m_y, i, 0, BLOCK_I, BLOCK_J, True, DOT)
     else:
         b_dy += load_tile(m_s, i, 0, BLOCK_I, BLOCK_J, True, DOT)
     if back_active:
@@ -353,7 +351,7 @@ def small_own_kernel(
     KIND: tl.constexpr,
     DOT: tl.constexpr,
     UNIT: tl.constexpr,
-    GRAD_Y: tl.constexpr,  # compute dY; otherwise it is in the gradient already, or 0
+    DY: tl.constexpr,  # "computed" anew; from the "workspace", in the place of G; in the "gradient" already, or 0
     BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_I: tl.constexpr,
@@ -377,14 +375,15 @@ def small_own_kernel(
         grad = tl.where(is_text, grad_tt, grad_vv)
         m_s = open_gradient(grad, spans, i_problem, n_heads, is_text, is_text, side.n_a, side.n_a)
         m_v = open_v(work, back, i_problem)
+        m_y = open_g(work, side, i_problem)
         g = load_grad_loss(grad_loss, s_g_b, s_g_h, i_problem, n_heads) * weight
         if is_text:
             own_tile(
-                side, back, i, g, scale, active, back_active, m_v, m_s, KIND, DOT, UNIT, GRAD_Y,
+                side, back, i, g, scale, active, back_active, m_v, m_y, m_s, KIND, DOT, UNIT, DY,
                 BLOCK_I, BLOCK_T, C_T, K,
             )  # fmt: skip
         else:
             own_tile(
-                side, back, i, g, scale, active, back_active, m_v, m_s, KIND, DOT, UNIT, GRAD_Y,
+                side, back, i, g, scale, active, back_active, m_v, m_y, m_s, KIND, DOT, UNIT, DY,
                 BLOCK_I, BLOCK_R, C_R, K,
             )  # fmt: skip

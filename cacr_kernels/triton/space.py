@@ -73,9 +73,10 @@ def forms_x_alike(key: Key, launch: Launch, arch: int) -> bool:
 
 
 def row_length(key: Key) -> dict[str, int]:
-    """The tile side that a kernel of a size bucket has from its bucket."""
+    """The tile sides that a kernel of a size bucket has from its bucket."""
     ends = [bucket for bucket in BUCKETS if key.variant == "scores" and key.kernel.endswith(f"_{bucket}")]
-    return {"BLOCK_R": ends[0]} if ends else {}
+    whole = {"BLOCK_T": ends[0]} if ends and key.kernel.startswith("whole") else {}
+    return whole | {"BLOCK_R": ends[0]} if ends else {}
 
 
 def possible(key: Key, launch: Launch, arch: int) -> bool:

@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -235,7 +235,7 @@ def _scores_plan(index: int, dtype: str, generation: int) -> Plan:
 
 def _replaced(base: Plan, dtype: str, launches: Mapping[Key, Launch]) -> Plan:
     kernels = {name: launches.get(Key("scores", name, dtype), entry) for name, entry in base.kernels.items()}
-    return Plan(base.dot, kernels if _trial is None else _Noted(kernels, dtype, _used))
+    return replace(base, kernels=kernels if _trial is None else _Noted(kernels, dtype, _used))
 
 
 def qk_plan(kernel: str, device: torch.device, arch: int, dtype: torch.dtype, d: int) -> QKLaunch:

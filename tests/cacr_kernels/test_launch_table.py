@@ -204,6 +204,8 @@ def test_the_format_knows_every_kernel():
                 chunked = dtype == "float32" and key.head_size == 256
                 if chunked and key.kernel in ("forward", "rows", "columns"):  # "wide" does their work
                     continue
+                if key.kernel.startswith("whole") and not configs.plan(arch, dtype).whole:
+                    continue
                 launch = space.builtin(key, arch)
                 assert space.possible(key, launch, arch), (key, arch)
                 assert set(launch.blocks.values()) <= set(table.SIZES)

@@ -1,11 +1,12 @@
 """The Triton scores kernels, called as cacr_kernels.ops calls them.
 
 Without a GPU they run under Triton's interpreter (conftest.py sets TRITON_INTERPRET before triton is imported), with
-one, on it. Both paths are exercised at small sizes: without buckets, all spans are large.
+one, on it. All paths are exercised at small sizes: without buckets, all spans are large.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -19,10 +20,10 @@ from cacr_kernels.testing import make_input, relative_error, score_errors
 
 pytest.importorskip("triton")
 from cacr_kernels.triton import host, scores_backward, scores_forward
-from cacr_kernels.triton.configs import INTERPRETER, Launch, Plan
+from cacr_kernels.triton.configs import INTERPRETER, Launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-PATHS = ("small", "large")
+PATHS = ("small", "whole", "large")
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +45,8 @@ def poisoned_memory(monkeypatch):
 def path(request, monkeypatch):
     if request.param == "large":
         monkeypatch.setattr(host, "BUCKETS", ())
+    if request.param == "whole":
+        monkeypatch.setattr(host, "INTERPRETER", replace(host.INTERPRETER, whole=True))
     return request.param
 
 
@@ -90,7 +93,7 @@ def small_tiles(monkeypatch):
     kernels = {
         name: Launch(dict.fromkeys(entry.blocks, 32), entry.num_warps) for name, entry in INTERPRETER.kernels.items()
     }
-    monkeypatch.setattr(host, "INTERPRETER", Plan(INTERPRETER.dot, kernels))
+    monkeypatch.setattr(host, "INTERPRETER", replace(host.INTERPRETER, kernels=kernels))
 
 
 @pytest.mark.parametrize("kind", ["scores", "softmax"])
