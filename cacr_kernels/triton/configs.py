@@ -77,14 +77,17 @@ def kernels(small: int, k: int, large: int, warps: int) -> dict[str, Launch]:
     """The small path takes 64 rows a tile, with four warps for rows of up to 64 tokens and eight beyond. Large spans
     take few rows or 32 x 32 tiles where rows are compared (registers), ``large`` tiles for plain products.
 
-    Dots in chunks of ``small`` numbers where rows are held whole, elsewhere of ``k``. All kernels that form X form it
-    bit for bit alike, since rows near one-hot amplify a difference between forward and backward: with the same chunks,
-    and all with 64 rows a tile or all with fewer, which decides the instruction on Hopper and Blackwell.
+    Dots in chunks of ``small`` numbers where rows are held whole, shorter ones for four warps; elsewhere of ``k``. All
+    kernels that form X form it bit for bit alike, since rows near one-hot amplify a difference between forward and
+    backward: with the same chunks, and all with 64 rows a tile or all with fewer, which decides the instruction on
+    Hopper and Blackwell.
     """
     found = {}
     for bucket, threads in zip(BUCKETS, (4, 8)):
-        for name in ("forward", "rows", "cross", "own"):
-            found[f"{name}_{bucket}"] = launch(i=64, c=small, k=small, warps=threads)
+        shorter = min(small, bucket // 4)
+        for name in ("forward", "rows", "own"):
+            found[f"{name}_{bucket}"] = launch(i=64, c=shorter, k=small, warps=threads)
+        found[f"cross_{bucket}"] = launch(i=64, c=32, k=shorter, warps=threads)
         for name in ("whole_forward", "whole_backward"):
             found[f"{name}_{bucket}"] = launch(warps=threads)
     return found | {

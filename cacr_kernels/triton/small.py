@@ -52,7 +52,7 @@ from .rows import (
 
 @triton.constexpr_function
 def chunk(size, kind, width=0, other=0):
-    """A chunk of columns or of a sum. Kind "softmax": at most 16, since its factors are formed from more registers.
+    """A chunk of columns or of a sum where X is formed. Kind "softmax": at most 16, as its factors take more registers.
 
     32 at least where rows have half the width of the other side's, or less: they leave registers for it.
     """
@@ -281,9 +281,6 @@ def small_cross_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """dF_I = (G^T F)_I S_bb + V_I S_bb^T for one tile I of rows of F (columns of G), J >= n_b, and dS_ab from it."""
-    C_T: tl.constexpr = chunk(BLOCK_C, KIND, BLOCK_T, BLOCK_R)
-    C_R: tl.constexpr = chunk(BLOCK_C, KIND, BLOCK_R, BLOCK_T)
-    K: tl.constexpr = chunk(BLOCK_K, KIND)
     tt, tv, vt, vv = plain_blocks(tt, tv, vt, vv)
     spans = SpanArgs(spans.table, *plain_spans(spans))
     scaling = plain_scaling(scaling)
@@ -297,9 +294,9 @@ def small_cross_kernel(
         grad = tl.where(is_text, grad_tv, grad_vt)
         m_s = open_gradient(grad, spans, i_problem, n_heads, is_text, is_text == 0, side.n_a, side.n_b)
         if is_text:
-            cross_tile(side, i, m_g, m_v, m_s, KIND, DOT, UNIT, BLOCK_I, BLOCK_R, C_R, K)
+            cross_tile(side, i, m_g, m_v, m_s, KIND, DOT, UNIT, BLOCK_I, BLOCK_R, BLOCK_C, BLOCK_K)
         else:
-            cross_tile(side, i, m_g, m_v, m_s, KIND, DOT, UNIT, BLOCK_I, BLOCK_T, C_T, K)
+            cross_tile(side, i, m_g, m_v, m_s, KIND, DOT, UNIT, BLOCK_I, BLOCK_T, BLOCK_C, BLOCK_K)
 
 
 @triton.jit

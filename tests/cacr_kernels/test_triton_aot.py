@@ -18,11 +18,13 @@ ROOT = Path(__file__).parents[2]
 #: prints how often each kernel would be compiled for batches of one size bucket
 COMPILATIONS = """
 from collections import defaultdict
+from dataclasses import replace
 import torch
 from cacr_kernels.problem import Options, Spans
-from cacr_kernels.triton import aot, qk_backward, qk_forward, scores_backward, scores_forward
+from cacr_kernels.triton import aot, host, qk_backward, qk_forward, scores_backward, scores_forward
 
 found = defaultdict(set)
+plans = [replace(host.INTERPRETER, whole=whole) for whole in (False, True)]
 for start, t, r in ((0, 1, 1), (1, 1, 16), (1, 16, 47), (2, 48, 63), (16, 17, 1), (0, 32, 64)):
     for ragged in (False, True):
         n = start + t + r
@@ -34,8 +36,9 @@ for start, t, r in ((0, 1, 1), (1, 1, 16), (1, 16, 47), (2, 48, 63), (16, 17, 1)
             with aot.recording() as recorded:
                 for kind in ("scores", "softmax"):
                     options = Options(kind=kind)
-                    _, saved = scores_forward([attn], spans, options, True)
-                    scores_backward(grad_loss, [attn], saved, spans, options)
+                    for host.INTERPRETER in plans:
+                        _, saved = scores_forward([attn], spans, options, True)
+                        scores_backward(grad_loss, [attn], saved, spans, options)
                     _, saved = qk_forward([q, k], spans, options, True, 0.125)
                     qk_backward(grad_loss, [q, k], saved, spans, options, 0.125)
             for kernel, args, kwargs in recorded:
@@ -67,6 +70,7 @@ def test_sizes_that_change_with_every_batch_compile_nothing_anew():
     assert {name for name, _ in counts} >= {
         "small_forward_kernel",
         "small_own_kernel",
+        "whole_backward_kernel",
         "qk_rows_kernel",
         "qk_mix_kernel",
     }
