@@ -35,7 +35,8 @@ from .fill import fill_kernel
 from .forward import large_forward_kernel
 from .host import Problem
 from .products import numbers_kernel, project_kernel
-from .small import small_cross_kernel, small_forward_kernel, small_own_kernel, small_rows_kernel
+from .small import small_forward_kernel
+from .small_backward import small_cross_kernel, small_own_kernel, small_rows_kernel
 from .table import read
 from .whole import whole_backward_kernel, whole_forward_kernel
 

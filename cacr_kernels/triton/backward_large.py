@@ -15,8 +15,6 @@ import triton
 import triton.language as tl
 
 from .common import (
-    UNSPECIALIZED,
-    SpanArgs,
     dot,
     inside_tile,
     load_factor,
@@ -27,12 +25,9 @@ from .common import (
     open_side,
     open_u,
     open_v,
-    plain_blocks,
-    plain_scaling,
-    plain_spans,
-    plain_work,
     store_tile,
 )
+from .kernel_args import UNSPECIALIZED, SpanArgs, plain_blocks, plain_scaling, plain_spans, plain_work
 from .products import projected_tile
 from .rows import load_rows, rows_gradient, side_scale, target_gradient, target_logits
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import Matrix, SpanArgs, load_spans, plain_spans, store_tile
+from .common import load_spans, store_tile
+from .kernel_args import Matrix, SpanArgs, plain_spans
 
 
 @triton.jit(do_not_specialize=["n_heads", "n_r", "n_c"])

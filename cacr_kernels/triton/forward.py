@@ -10,18 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import (
-    SpanArgs,
-    load_spans,
-    load_tile,
-    open_side,
-    open_u,
-    plain_blocks,
-    plain_scaling,
-    plain_spans,
-    plain_work,
-    row_tile,
-)
+from .common import load_spans, load_tile, open_side, open_u, row_tile
+from .kernel_args import SpanArgs, plain_blocks, plain_scaling, plain_spans, plain_work
 from .products import projected_tile
 from .rows import rows_finish, rows_start, rows_update, side_scale, store_rows, target_logits
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..problem import Options, Spans, block_limits
-from .common import Block, Scaling, SpanArgs, Work, odd
 from .configs import BUCKETS, INTERPRETER, WIDTHS, Plan
+from .kernel_args import Block, Scaling, SpanArgs, Work, odd
 from .products import project_kernel
 from .table import scores_plan
 

@@ -10,19 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import (
-    SpanArgs,
-    dot,
-    load_factor,
-    load_tile,
-    open_side,
-    open_u,
-    plain_blocks,
-    plain_spans,
-    plain_work,
-    row_tile,
-    store_tile,
-)
+from .common import dot, load_factor, load_tile, open_side, open_u, row_tile, store_tile
+from .kernel_args import SpanArgs, plain_blocks, plain_spans, plain_work
 
 
 @triton.jit

@@ -12,10 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import (
-    SpanArgs,
-    plain_spans,
-)
+from .kernel_args import SpanArgs, plain_spans
 from .qk_tiles import first_row, load_tokens, narrow, open_head, open_rows, operand, rows_dot
 
 

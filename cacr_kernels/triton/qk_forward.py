@@ -13,10 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import (
-    SpanArgs,
-    plain_spans,
-)
+from .kernel_args import SpanArgs, plain_spans
 from .qk_tiles import first_row, load_tokens, open_head, open_rows, operand, rows_dot
 from .rows import rows_advance, rows_finish, rows_start, rows_update
 

@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from ..problem import Options, Spans
-from .common import Block, SpanArgs, odd
+from .kernel_args import Block, SpanArgs, odd
 from .qk_forward import qk_loss_kernel
 from .qk_launch import Launch, block_d
 from .qk_wide import Factors, qk_wide_forward_kernel, qk_wide_gradient_kernel

@@ -14,10 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import (
-    SpanArgs,
-    plain_spans,
-)
+from .kernel_args import SpanArgs, plain_spans
 from .qk_tiles import narrow, open_head, open_rows, operand, rows_times_matrix
 
 

@@ -11,10 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import (
-    SpanArgs,
-    plain_spans,
-)
+from .kernel_args import SpanArgs, plain_spans
 from .qk_products import projection_factor
 from .qk_softmax_forward import probabilities, row_softmax_numbers
 from .qk_tiles import chunked_product, open_head, open_rows

@@ -12,10 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import (
-    SpanArgs,
-    plain_spans,
-)
+from .kernel_args import SpanArgs, plain_spans
 from .qk_products import projection_factor
 from .qk_tiles import chunked_product, open_head, open_rows
 from .qk_wide import open_factor

@@ -13,10 +13,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .common import (
-    SpanArgs,
-    plain_spans,
-)
+from .kernel_args import SpanArgs, plain_spans
 from .qk_backward import load_rows, row_weight, tile_gradients
 from .qk_forward import store_rows
 from .qk_tiles import chunked_product, open_head, open_rows

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from ..problem import ROW_NUMBERS, Options, Spans
 from .backward_large import large_cross_kernel, large_g_kernel, large_own_kernel, large_v_kernel
-from .common import Work
 from .fill import fill_kernel
 from .forward import large_forward_kernel
 from .host import Problem, tiles
+from .kernel_args import Work
 from .products import numbers_kernel
-from .small import small_cross_kernel, small_forward_kernel, small_own_kernel, small_rows_kernel
+from .small import small_forward_kernel
+from .small_backward import small_cross_kernel, small_own_kernel, small_rows_kernel
 from .whole import whole_backward_kernel, whole_forward_kernel
 
 
@@ -23,7 +24,7 @@ def scores_forward(
 ) -> tuple[Tensor, list[Tensor]]:
     """Loss [B, H] in float32, and [row numbers [B, H, 8, n_text + n_vision]] when a gradient is needed.
 
-    Small spans: one launch, of whole.py or small.py. Large ones: U of each side, then the comparison. Kind "softmax":
+    Small spans: one launch (small.py or whole.py). Large ones: U of each side, then the comparison. Kind "softmax":
     row numbers first.
     """
     problem = Problem(inputs, spans, options)
@@ -220,8 +221,8 @@ def scores_backward(
 ) -> list[Tensor]:
     """d sum(grad_loss loss) / d input: contiguous, in the inputs' dtype, exactly 0 outside the spans.
 
-    Small spans: two launches (whole.py) or three, or one for stop_gradient "projection". Large ones: at most ten, side
-    after side. One more fills what may lie outside the spans.
+    Small spans: three launches (small_backward.py) or two (whole.py), or one for stop_gradient "projection". Large
+    ones: at most ten, side after side. One more fills what may lie outside the spans.
     """
     problem = Problem(inputs, spans, options)
     grads = new_gradients(problem, inputs, spans, options)

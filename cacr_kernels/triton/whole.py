@@ -1,9 +1,9 @@
 """Small spans where tensor cores take factors from shared memory: one program a side of a problem, nothing recomputed.
 
 A program holds the whole of its side: F = S_ab and S_bb are read once, and X and G never leave the registers.
-    forward:   U = F S_bb, X = U F^T, the comparison with Y = S_aa (small.compare)
+    forward:   U = F S_bb, X = U F^T, the comparison with Y = S_aa
     backward:  X again;  G = scale dX, dY to the workspace;  V = G F to the workspace;  dF = V S_bb^T + G^T F S_bb
-    own:       dS_aa = dY + F_b^T V_b (small.py)
+    own:       dS_aa = dY + F_b^T V_b (small_backward.py)
 A tile of the tensor cores has as many rows as the longer side: where that is b, U, V, W = G^T F and dF are formed
 transposed. Tiles: A >= n_a, B >= n_b. For kind "softmax" F = P_ab and dS = P (dP - rowsum(P dP)) in each block.
 """
@@ -16,8 +16,6 @@ import triton
 import triton.language as tl
 
 from .common import (
-    UNSPECIALIZED,
-    SpanArgs,
     dot,
     inside_tile,
     load_factor,
@@ -28,12 +26,9 @@ from .common import (
     open_gradient,
     open_side,
     open_v,
-    plain_blocks,
-    plain_scaling,
-    plain_spans,
-    plain_work,
     store_tile,
 )
+from .kernel_args import UNSPECIALIZED, SpanArgs, plain_blocks, plain_scaling, plain_spans, plain_work
 from .rows import (
     compare_logits,
     load_rows,
