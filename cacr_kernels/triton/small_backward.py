@@ -183,17 +183,12 @@ def own_tile(
     UNIT: tl.constexpr, DY: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """dS_aa to m_s for one tile I of rows, J >= n_a. dY comes first: X takes most registers."""
+    """dS_aa to m_s for one tile I of rows, J >= n_a. A dY that is computed comes first: X takes most registers."""
     b_dy = tl.zeros([BLOCK_I, BLOCK_J], tl.float32)
     if DY == "computed":
         if active:
             b_dx, b_dy = row_gradients(side, i, scale, KIND, DOT, UNIT, BLOCK_I, BLOCK_J, BLOCK_C, BLOCK_K)
             b_dy *= g
-    elif DY == "workspace":
-        if active:
-            b_dy += load_tile(m_y, i, 0, BLOCK_I, BLOCK_J, True, DOT)
-    else:
-        b_dy += load_tile(m_s, i, 0, BLOCK_I, BLOCK_J, True, DOT)
     if back_active:
         b_ds = tl.zeros([BLOCK_I, BLOCK_J], tl.float32) if KIND == "softmax" else b_dy
         for k in range(0, back.n_a, BLOCK_K):
@@ -204,6 +199,11 @@ def own_tile(
             b_p = load_factor(side.own, i, 0, BLOCK_I, BLOCK_J, KIND, UNIT, DOT)
             b_ds = b_dy + b_p * (b_ds - tl.sum(b_p * b_ds, 1)[:, None])
         b_dy = b_ds
+    if DY == "workspace":
+        if active:
+            b_dy += load_tile(m_y, i, 0, BLOCK_I, BLOCK_J, True, DOT)
+    elif DY == "gradient":
+        b_dy += load_tile(m_s, i, 0, BLOCK_I, BLOCK_J, True, DOT)
     store_tile(m_s, b_dy, i, 0, BLOCK_I, BLOCK_J)
 
 
