@@ -9,7 +9,7 @@ For kind "softmax" F = P_ab and dS = P (dP - rowsum(P dP)) in each block. Worksp
 """
 
 # mypy: allow-untyped-defs
-# ruff: noqa: RUF059
+# ruff: noqa: RUF059, SIM102
 
 from __future__ import annotations
 
