@@ -85,9 +85,8 @@ def kernels(small: int, k: int, large: int, warps: int) -> dict[str, Launch]:
     found = {}
     for bucket, threads in zip(BUCKETS, (4, 8)):
         shorter = min(small, bucket // 4)
-        for name in ("forward", "rows", "own"):
+        for name in ("forward", "rows", "cross", "own"):
             found[f"{name}_{bucket}"] = launch(i=64, c=shorter, k=small, warps=threads)
-        found[f"cross_{bucket}"] = launch(i=64, c=32, k=shorter, warps=threads)
         for name in ("whole_forward", "whole_backward"):
             found[f"{name}_{bucket}"] = launch(warps=threads)
     return found | {

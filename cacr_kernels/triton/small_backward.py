@@ -1,8 +1,9 @@
 """Small spans, backward of small.py: three launches, one program a tile of rows.
 
 With G = scale dX and F = S_ab:
-    rows:   X again;  G and V = G F to the workspace, dY to the gradient of S_aa if that is float32
-    cross:  W_C = G^T F[:, C],  dF = sum over C of W_C S_bb[C, :] + V S_bb^T       (G^T U = G^T F S_bb)
+    rows:   X again;  G to the workspace, dY to the gradient of S_aa if that is float32
+    cross:  W_C = G^T F[:, C], V_C = G F[:, C] (to the workspace),  dF = sum over C of W_C S_bb[C, :] + V_C S_bb[:, C]^T
+            (G^T U = G^T F S_bb)
     own:    dS_aa = dY + F_b^T V_b, with F_b, V_b [n_b, n_a] of the other side (16-bit: X again, so that the sum is
             rounded once)
 For kind "softmax" F = P_ab and dS = P (dP - rowsum(P dP)) in each block. Workspace: G and V, one float32 S.
@@ -39,22 +40,12 @@ def rows_tile(
     GRAD_X: tl.constexpr, GRAD_Y: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """G_I, V_I = G_I F to the workspace and dY_I to m_s, for whole rows [I, J] of X."""
+    """G_I to the workspace and dY_I to m_s, for whole rows [I, J] of X."""
     b_dx, b_dy = row_gradients(side, i, scale, KIND, DOT, UNIT, BLOCK_I, BLOCK_J, BLOCK_C, BLOCK_K)
     if GRAD_Y:
         store_tile(m_s, b_dy * g, i, 0, BLOCK_I, BLOCK_J)
     if GRAD_X:
-        m_g = open_g(work, side, i_problem)
-        m_v = open_v(work, side, i_problem)
-        store_tile(m_g, b_dx * (g * scale), i, 0, BLOCK_I, BLOCK_J)
-        tl.debug_barrier()
-        for c in range(0, side.n_b, BLOCK_C):
-            b_v = tl.zeros([BLOCK_I, BLOCK_C], tl.float32)
-            for k in range(0, side.n_a, BLOCK_K):
-                # V += G F: [I, C] += [I, K] [K, C]
-                b_g = load_tile(m_g, i, k, BLOCK_I, BLOCK_K, True, DOT)
-                b_v = dot(b_g, load_factor(side.cross, k, c, BLOCK_K, BLOCK_C, KIND, UNIT, DOT), b_v, DOT)
-            store_tile(m_v, b_v, i, c, BLOCK_I, BLOCK_C)
+        store_tile(open_g(work, side, i_problem), b_dx * (g * scale), i, 0, BLOCK_I, BLOCK_J)
 
 
 @triton.jit(do_not_specialize=[*UNSPECIALIZED, "grad_tt", "grad_vv"])
@@ -84,7 +75,7 @@ def small_rows_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """G_I, V_I = G_I F and dY_I for one tile I of rows of one side."""
+    """G_I and dY_I for one tile I of rows of one side."""
     C_T: tl.constexpr = chunk(BLOCK_C, KIND, BLOCK_T, BLOCK_R)
     C_R: tl.constexpr = chunk(BLOCK_C, KIND, BLOCK_R, BLOCK_T)
     K: tl.constexpr = chunk(BLOCK_K, KIND)
@@ -114,21 +105,20 @@ def cross_tile(
     side, i, m_g, m_v, m_s, KIND: tl.constexpr, DOT: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """dS_ab to m_s for one tile I of rows of F (columns of G), J >= n_b."""
+    """V_I to m_v and dS_ab to m_s for one tile I of rows of G and of F (columns of G), J >= n_b."""
     b_df = tl.zeros([BLOCK_I, BLOCK_J], tl.float32)
     for c in range(0, side.n_b, BLOCK_C):
         b_w = tl.zeros([BLOCK_I, BLOCK_C], tl.float32)
+        b_v = tl.zeros([BLOCK_I, BLOCK_C], tl.float32)
         for k in range(0, side.n_a, BLOCK_K):
-            # W += G^T F: [I, C] += [I, K] [K, C]
-            b_g = load_tile(m_g, k, i, BLOCK_K, BLOCK_I, True, DOT)
+            # W += G^T F, V += G F: [I, C] += [I, K] [K, C]
             b_f = load_factor(side.cross, k, c, BLOCK_K, BLOCK_C, KIND, UNIT, DOT)
-            b_w = dot(tl.trans(b_g), b_f, b_w, DOT)
-        # dF += W S_bb: [I, J] += [I, C] [C, J]
+            b_w = dot(tl.trans(load_tile(m_g, k, i, BLOCK_K, BLOCK_I, True, DOT)), b_f, b_w, DOT)
+            b_v = dot(load_tile(m_g, i, k, BLOCK_I, BLOCK_K, True, DOT), b_f, b_v, DOT)
+        store_tile(m_v, b_v, i, c, BLOCK_I, BLOCK_C)
+        # dF += W S_bb, dF += V S_bb^T: [I, J] += [I, C] [C, J]
         b_df = dot(b_w, load_factor(side.other, c, 0, BLOCK_C, BLOCK_J, KIND, UNIT, DOT), b_df, DOT)
-    for k in range(0, side.n_b, BLOCK_K):
-        # dF += V S_bb^T: [I, J] += [I, K] [K, J]
-        b_v = load_tile(m_v, i, k, BLOCK_I, BLOCK_K, True, DOT)
-        b_s = load_factor(side.other, 0, k, BLOCK_J, BLOCK_K, KIND, UNIT, DOT)
+        b_s = load_factor(side.other, 0, c, BLOCK_J, BLOCK_C, KIND, UNIT, DOT)
         b_df = dot(b_v, tl.trans(b_s), b_df, DOT)
     if KIND == "softmax":
         b_f = load_factor(side.cross, i, 0, BLOCK_I, BLOCK_J, KIND, UNIT, DOT)
@@ -158,7 +148,9 @@ def small_cross_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """dF_I = (G^T F)_I S_bb + V_I S_bb^T for one tile I of rows of F (columns of G), J >= n_b, and dS_ab from it."""
+    """V_I = G_I F; dF_I = (G^T F)_I S_bb + V_I S_bb^T for one tile I of rows, J >= n_b, and dS_ab from it."""
+    C: tl.constexpr = chunk(BLOCK_C, KIND)
+    K: tl.constexpr = chunk(BLOCK_K, KIND)
     tt, tv, vt, vv = plain_blocks(tt, tv, vt, vv)
     spans = SpanArgs(spans.table, *plain_spans(spans))
     scaling = plain_scaling(scaling)
@@ -172,9 +164,9 @@ def small_cross_kernel(
         grad = tl.where(is_text, grad_tv, grad_vt)
         m_s = open_gradient(grad, spans, i_problem, n_heads, is_text, is_text == 0, side.n_a, side.n_b)
         if is_text:
-            cross_tile(side, i, m_g, m_v, m_s, KIND, DOT, UNIT, BLOCK_I, BLOCK_R, BLOCK_C, BLOCK_K)
+            cross_tile(side, i, m_g, m_v, m_s, KIND, DOT, UNIT, BLOCK_I, BLOCK_R, C, K)
         else:
-            cross_tile(side, i, m_g, m_v, m_s, KIND, DOT, UNIT, BLOCK_I, BLOCK_T, BLOCK_C, BLOCK_K)
+            cross_tile(side, i, m_g, m_v, m_s, KIND, DOT, UNIT, BLOCK_I, BLOCK_T, C, K)
 
 
 @triton.jit
