@@ -28,7 +28,7 @@ from .rows import (
 
 @triton.constexpr_function
 def chunk(size, kind, width=0, other=0):
-    """A chunk of columns or of a sum where X is formed. Kind "softmax": at most 16, as its factors take more registers.
+    """A chunk of columns or of a sum. Kind "softmax": at most 16, since its factors are formed from more registers.
 
     32 at least where rows have half the width of the other side's, or less: they leave registers for it.
     """
