@@ -91,17 +91,21 @@ class Case:
     def __str__(self) -> str:
         layout = ("" if self.unit else " strided") + ("" if self.ragged else " equal spans")
         layout += " narrow" if self.narrow else ""
-        return f"{self.kernel:14s} sm_{self.arch:<4d} {self.dtype:9s} {self.kind}{layout}"
+        return f"{self.kernel:18s} sm_{self.arch:<4d} {self.dtype:9s} {self.kind}{layout}"
 
 
 @dataclass(frozen=True)
 class Report:
-    """What the compiler made of a case: registers and stack bytes a thread, shared memory and tf32 products."""
+    """What the compiler made of a case: registers and stack bytes a thread, shared memory, operands of its products.
+
+    ``instructions``: of the machine code, each loop counted once.
+    """
 
     registers: int
     spill: int
     shared: int
     dots: frozenset[str]
+    instructions: int = 0
 
     def excesses(self, arch: int, measured: bool) -> list[str]:
         """Resources beyond the limits of sm_``arch``; an entry that a GPU ``measured`` may spill."""
@@ -171,12 +175,13 @@ def inspect(compiled: Any) -> Report:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
-        command = [str(tool), "--dump-resource-usage", cubin.name]
+        command = [str(tool), "--dump-resource-usage", "--dump-sass", cubin.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     usage = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
     products = re.findall(r"^\s*(?:@\S+\s+)?((?:wgmma\.mma|mma\.|tcgen05\.mma)\S*)", compiled.asm["ptx"], re.MULTILINE)
     dots = frozenset(kind for line in products for kind in ("tf32", "bf16", "f16") if f".{kind}" in line)
-    return Report(usage["REG"], usage["STACK"] + usage["LOCAL"], compiled.metadata.shared, dots)
+    instructions = len(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s", text, re.MULTILINE))
+    return Report(usage["REG"], usage["STACK"] + usage["LOCAL"], compiled.metadata.shared, dots, instructions)
 
 
 def compile_case(case: Case) -> Report:
@@ -281,7 +286,8 @@ def main(argv: list[str] | None = None) -> int:
             faults = report.faults(case)
             faulty += bool(faults)
             line = (
-                f"{case!s:52s} {report.registers:4d} registers {report.spill:6d} B spilled {report.shared:7d} B shared"
+                f"{case!s:58s} {report.registers:4d} registers {report.spill:6d} B spilled {report.shared:7d} B shared "
+                f"{report.instructions:6d} instructions"
             )
             print(line, *faults, sep="  " if not faults else "  FAULT: ", flush=True)
     print(f"{faulty} of {len(todo)} outside the limits")

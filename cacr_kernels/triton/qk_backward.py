@@ -14,6 +14,7 @@ import triton.language as tl
 
 from .kernel_args import SpanArgs, plain_spans
 from .qk_tiles import first_row, load_tokens, narrow, open_head, open_rows, operand, rows_dot
+from .rows import LOG2_E
 
 
 @triton.jit
@@ -161,7 +162,7 @@ def qk_columns_kernel(
     if SCALED:
         u_exp += row_u
     stats += i_bh * 8 * rows + tl.where(is_text, 0, spans.n_text)
-    y_scale = scale * 1.4426950408889634
+    y_scale = scale * LOG2_E
 
     acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     whole = n
@@ -300,7 +301,7 @@ def qk_rows_kernel(
         b_exp = tl.zeros([BLOCK_M], tl.float32)
     stats += i_bh * 8 * rows + tl.where(is_text, 0, spans.n_text) + o_m
     numbers = load_rows(stats, rows, mask_m)
-    y_scale = scale * 1.4426950408889634
+    y_scale = scale * LOG2_E
     b_first = first_row(p_q, q.s_c, n, D, BLOCK_D)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32), tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     whole = n

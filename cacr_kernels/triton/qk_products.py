@@ -16,6 +16,7 @@ import triton.language as tl
 
 from .kernel_args import SpanArgs, plain_spans
 from .qk_tiles import narrow, open_head, open_rows, operand, rows_times_matrix
+from .rows import LOG2_E
 
 
 @triton.jit(do_not_specialize=["s_chunk", "heads", "group", "chunks", "chunk_tokens", "first_block"])
@@ -158,7 +159,7 @@ def qk_project_kernel(
     matrix = products + ((i_bh * 2 + inner) * 3 + 2) * (D * D)
     b_u = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     b_u = rows_times_matrix(b_u, p_q, q.s_r, q.s_c, o_m, mask_m, matrix, D, 1, D, BLOCK_D, BLOCK_F, PRECISION)
-    b_u *= 1.4426950408889634
+    b_u *= LOG2_E
     o_row = i_bh * n_tokens + o_m
     if SCALED:
         # the largest element of a row becomes 2^14 to 2^15, far from float16's overflow and from its subnormals

@@ -16,6 +16,7 @@ from .qk_products import projection_factor
 from .qk_softmax_forward import probabilities, row_softmax_numbers
 from .qk_tiles import chunked_product, open_head, open_rows
 from .qk_wide import open_factor
+from .rows import LOG2_E
 
 
 @triton.jit(do_not_specialize=["heads", "tiles_text"])
@@ -181,7 +182,7 @@ def qk_inner_gradient_kernel(
     p_p, s_r = open_factor(p, spans, i_bh, 0, b_is_text == 0, 0, D, True)
     p_v, _ = open_factor(v, spans, i_bh, 0, b_is_text == 0, 0, D, True)
     sums += i_bh * (spans.n_text + spans.n_vision) + tl.where(b_is_text, 0, spans.n_text)
-    y_scale = scale * 1.4426950408889634
+    y_scale = scale * LOG2_E
     s = projection_factor(factor, n, MEAN)
     acc = tl.zeros([BLOCK_M, BLOCK_O], tl.float32)
     for i_n in range(0, n, BLOCK_N):

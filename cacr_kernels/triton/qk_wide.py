@@ -17,7 +17,7 @@ from .kernel_args import SpanArgs, plain_spans
 from .qk_backward import load_rows, row_weight, tile_gradients
 from .qk_forward import store_rows
 from .qk_tiles import chunked_product, open_head, open_rows
-from .rows import rows_start, rows_update
+from .rows import LOG2_E, rows_start, rows_update
 
 
 class Factors(NamedTuple):
@@ -164,7 +164,7 @@ def qk_wide_gradient_kernel(
     p_u, s_ur = open_factor(factors.u, spans, i_bh, start, is_text, n_tokens, D, COMPACT)
     p_f, s_fr, s_fc, width = open_outer(factors.f, q, p_q, spans, i_bh, is_text, n_b, D, COMPACT)
     stats += i_bh * 8 * rows + tl.where(is_text, 0, spans.n_text)
-    y_scale = scale * 1.4426950408889634
+    y_scale = scale * LOG2_E
     if not COLUMNS:
         m_x, r_x, c_x, m_y, r_y, c_y = load_rows(stats + o_m, rows, mask_m)
     mask_x = o_o < width

@@ -60,7 +60,7 @@ def small_rows_kernel(
     s_g_b,
     s_g_h,
     stats,  # float32 [B * H, 8, T + R]
-    work,  # Work: G, V
+    work,  # Work: G
     n_heads,
     grad_tt,  # contiguous, shape and dtype of the input
     grad_vv,  # contiguous, shape and dtype of the input
@@ -211,7 +211,7 @@ def small_own_kernel(
     s_g_b,
     s_g_h,
     stats,  # float32 [B * H, 8, T + R]
-    work,  # Work: V
+    work,  # Work: V, and what whole.py left in the place of G
     n_heads,
     grad_tt,  # contiguous, shape and dtype of the input
     grad_vv,  # contiguous, shape and dtype of the input

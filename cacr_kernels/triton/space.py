@@ -32,7 +32,7 @@ def builtin(key: Key, arch: int) -> Launch:
 def neighbours(launch: Launch) -> Iterator[Launch]:
     """One step along each axis: a tile doubled or halved, more or fewer warps or stages, and a tile with its warps.
 
-    Where registers are capped, also the cap beside, and none.
+    Also the cap of registers beside, and none: fewer registers let more warps share a multiprocessor.
     """
     for name, size in launch.blocks.items():
         for new in _beside(size, SIZES):
@@ -45,7 +45,9 @@ def neighbours(launch: Launch) -> Iterator[Launch]:
         yield replace(launch, num_warps=warps)
     for stages in _beside(launch.num_stages, STAGES):
         yield replace(launch, num_stages=stages)
-    if launch.registers is not None:
+    if launch.registers is None:
+        yield replace(launch, registers=REGISTERS[-1])
+    else:
         for registers in (*_beside(launch.registers, REGISTERS), None):
             yield replace(launch, registers=registers)
 
@@ -93,6 +95,7 @@ def possible(key: Key, launch: Launch, arch: int) -> bool:
     unrolled = key.variant == "scores" and plan(arch, key.dtype).dot == "ieee"
     return (
         forms_x_alike(key, launch, arch)
+        and (launch.registers is None or key.variant == "scores")
         and shared <= SHARED_LIMIT[family(arch)]
         and threads <= numbers <= MOST_NUMBERS * threads
         and not (unrolled and numbers * inner > MOST_UNROLLED * threads)
