@@ -62,31 +62,51 @@ CACR_INLINE void from_float(float value, Half& out) {
 CACR_INLINE void from_float(float value, float& out) { out = value; }
 CACR_INLINE void from_float(double value, double& out) { out = value; }
 
-template <typename V, int... I>
-CACR_INLINE V low_halves(V a, V b, Indices<I...>) {
+// Interleaves the lower (Upper: upper) halves of every group of Lanes lanes of a and b, Width lanes at a time.
+template <int Lanes, int Width, bool Upper, typename V, int... I>
+CACR_INLINE V zip(V a, V b, Indices<I...>) {
     constexpr int n = (int)sizeof...(I);
-    return __builtin_shufflevector(a, b, ((I & 1) * n + I / 2)...);
-}
-template <typename V, int... I>
-CACR_INLINE V high_halves(V a, V b, Indices<I...>) {
-    constexpr int n = (int)sizeof...(I);
-    return __builtin_shufflevector(a, b, ((I & 1) * n + n / 2 + I / 2)...);
+    return __builtin_shufflevector(
+        a, b, (I / Width % 2 * n + I / Lanes * Lanes + Upper * Lanes / 2 + I % Lanes / (2 * Width) * Width + I % Width)...);
 }
 
-// Transposes a square of vectors: log2(lanes) perfect shuffles of the rows.
+// Rows 2 i and 2 i + 1 of out: rows i and i + n / 2 zipped over the whole vector. log2(n) such rounds transpose n rows.
+template <int n, typename V>
+CACR_INLINE void shuffle_round(V (&rows)[n]) {
+    typedef typename MakeIndices<n>::type Lane;
+    V next[n];
+    unrolled<n / 2>([&](auto i) __attribute__((always_inline)) {
+        next[2 * i] = zip<n, 1, false>(rows[i], rows[i + n / 2], Lane{});
+        next[2 * i + 1] = zip<n, 1, true>(rows[i], rows[i + n / 2], Lane{});
+    });
+    unrolled<n>([&](auto i) __attribute__((always_inline)) { rows[i] = next[i]; });
+}
+
+// Transposes a square of vectors.
 template <typename T>
 CACR_INLINE void transpose_square(Vec<T> (&rows)[kLanes<T>]) {
     constexpr int n = kLanes<T>;
-    typedef typename MakeIndices<n>::type Lane;
     constexpr int rounds = n == 16 ? 4 : n == 8 ? 3 : n == 4 ? 2 : 1;
-    unrolled<rounds>([&](auto) __attribute__((always_inline)) {
+    if constexpr (CACR_VECTOR_BYTES == 32 && n == 8) {
+        // AVX2 zips within 128 bits in one instruction and needs two across: two rounds of the 4 x 4 quarters, which are then swapped.
+        typedef typename MakeIndices<n>::type Lane;
         Vec<T> next[n];
-        unrolled<n / 2>([&](auto i) __attribute__((always_inline)) {
-            next[2 * i] = low_halves(rows[i], rows[i + n / 2], Lane{});
-            next[2 * i + 1] = high_halves(rows[i], rows[i + n / 2], Lane{});
+        unrolled<n>([&](auto r) __attribute__((always_inline)) {
+            constexpr int i = r / 2 * 2, upper = r % 2;
+            next[r] = zip<4, 1, upper>(rows[i], rows[i + 1], Lane{});
         });
-        unrolled<n>([&](auto i) __attribute__((always_inline)) { rows[i] = next[i]; });
-    });
+        unrolled<n>([&](auto r) __attribute__((always_inline)) {
+            constexpr int i = r / 4 * 4 + r % 4 / 2, upper = r % 2;
+            rows[r] = zip<4, 2, upper>(next[i], next[i + 2], Lane{});
+        });
+        unrolled<n>([&](auto r) __attribute__((always_inline)) {
+            constexpr int i = r % 4, upper = r / 4;
+            next[r] = zip<8, 4, upper>(rows[i], rows[i + 4], Lane{});
+        });
+        unrolled<n>([&](auto r) __attribute__((always_inline)) { rows[r] = next[r]; });
+    } else {
+        unrolled<rounds>([&](auto) __attribute__((always_inline)) { shuffle_round(rows); });
+    }
 }
 
 // out [columns, ld_out] = in^T for in [rows, ld_in]; the padding of out is finite, and zero unless Centred.

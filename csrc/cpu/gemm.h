@@ -31,6 +31,10 @@ constexpr int rows_for(int vectors) { return vectors == 2 ? 4 : 8; }
 // 512-bit units of two 256-bit halves do half a vector in half the time.
 constexpr bool kHalves = CACR_VECTOR_BYTES == 64;
 
+// With AVX-512 (Zen 4) products leave room for prefetches, of what they will store and of the next problem; with AVX2 (Zen 3) these cost
+// 2 to 10 %.
+constexpr bool kPrefetch = CACR_VECTOR_BYTES == 64;
+
 constexpr i64 kDepth = 384;            // inner dimension of one packed panel
 constexpr i64 kPackBytes = 96 * 1024;  // right factors larger than this are packed panel by panel
 
@@ -49,8 +53,7 @@ struct Ahead {
 // Scratch that products share, and the memory to fetch between their register tiles: it arrives while they compute.
 template <typename T>
 struct Workspace {
-    // Cache lines a tile. With AVX-512 (Zen 4) the products leave room for them; with AVX2 (Zen 3) they cost 2 to 10 %.
-    static constexpr int kLines = CACR_VECTOR_BYTES == 64 ? CACR_VECTOR_BYTES * kMaxVectors / 10 : 0;
+    static constexpr int kLines = kPrefetch ? CACR_VECTOR_BYTES * kMaxVectors / 10 : 0;  // cache lines a tile
 
     T* pack;  // pack_elements<T>()
     Ahead ahead[8];
@@ -82,9 +85,10 @@ static void tile(i64 depth, const Left<T>& left, const T* b, i64 ldb, T* c, i64 
     unrolled<Rows>([&](auto i) __attribute__((always_inline)) {
         unrolled<full>([&](auto j) __attribute__((always_inline)) { sum[i][j] = Vec<T>{}; });
         rest[i] = HalfVec<T>{};
-        unrolled<Vectors>([&](auto j) __attribute__((always_inline)) {
-            __builtin_prefetch(c + i * ldc + j * kLanes<T>, 1, 3);
-        });
+        if constexpr (kPrefetch)
+            unrolled<Vectors>([&](auto j) __attribute__((always_inline)) {
+                __builtin_prefetch(c + i * ldc + j * kLanes<T>, 1, 3);
+            });
     });
     const T* a = left.data;
     const i64 row = left.row, column = left.column;

@@ -22,7 +22,8 @@ template <typename T>
 struct Scratch {
     T* raw[4];      // blocks as loaded; kind softmax: TV and VT become probabilities
     T* inner[2];    // W of the other side: raw TT, VV, or their softmaxes
-    T* swapped[4];  // transposes of the factors
+    T* ft;          // F^T of the side at work
+    T* wt;          // W^T
     T* grad[4];
     T* grad_inner;  // kind softmax: dW before the softmax backward
     T* u;
@@ -49,11 +50,12 @@ static Scratch<T> lay_out(char* base, i64 n_text, i64 n_vision, Kind kind, bool 
     const i64 widest = ld[0] > ld[1] ? ld[0] : ld[1];
     for (int ab = 0; ab < 4; ++ab) {
         s.raw[ab] = take(n[ab / 2] * ld[ab % 2]);
-        s.swapped[ab] = take(n[ab % 2] * ld[ab / 2]);
         s.grad[ab] = backward ? take(n[ab / 2] * ld[ab % 2]) : nullptr;
     }
     for (int a = 0; a < 2; ++a) s.inner[a] = kind == Kind::softmax ? take(n[a] * ld[a]) : s.raw[3 * a];
     s.grad_inner = backward && kind == Kind::softmax ? take(widest * widest) : nullptr;
+    s.ft = take(widest * widest);
+    s.wt = backward ? take(widest * widest) : nullptr;
     s.u = take(widest * widest);
     s.du = backward ? take(widest * widest) : nullptr;
     s.x = take(widest * widest);
@@ -71,8 +73,12 @@ static double run_side(const Options& o, int a, i64 n, i64 m, Scratch<T>& s, boo
     const T* f = s.raw[ab];
     const T* w = s.inner[b];
     const T row_weight = (T)row_factor(o, (int)n);
+    if (o.kind == Kind::softmax)
+        transpose<T>(n, m, f, ldm, s.ft, ldn);
+    else
+        transpose<T, true>(n, m, f, ldm, s.ft, ldn);
     multiply<T>(n, m, m, {f, ldm, 1}, w, ldm, s.u, ldm, false, s.work);
-    multiply<T>(n, n, m, {s.u, ldm, 1}, s.swapped[ab], ldn, s.x, ldn, false, s.work);
+    multiply<T>(n, n, m, {s.u, ldm, 1}, s.ft, ldn, s.x, ldn, false, s.work);
 
     const bool grad_x = backward && o.stop_gradient != StopGradient::projection;
     const bool grad_y = backward && o.stop_gradient != StopGradient::target;
@@ -86,7 +92,8 @@ static double run_side(const Options& o, int a, i64 n, i64 m, Scratch<T>& s, boo
     T* grad_f = s.grad[ab];
     multiply<T>(n, m, n, {s.x, ldn, 1}, f, ldm, s.du, ldm, false, s.work);
     multiply<T>(n, m, n, {s.x, 1, ldn}, s.u, ldm, grad_f, ldm, false, s.work);
-    multiply<T>(n, m, m, {s.du, ldm, 1}, s.swapped[3 * b], ldm, grad_f, ldm, true, s.work);
+    transpose<T>(m, m, w, ldm, s.wt, ldm);
+    multiply<T>(n, m, m, {s.du, ldm, 1}, s.wt, ldm, grad_f, ldm, true, s.work);
     if (o.kind != Kind::softmax) {
         multiply<T>(m, m, n, {f, 1, ldm}, s.du, ldm, s.grad[3 * b], ldm, true, s.work);
         return loss;
@@ -98,26 +105,27 @@ static double run_side(const Options& o, int a, i64 n, i64 m, Scratch<T>& s, boo
     return loss;
 }
 
-// Blocks and the transposed factors that the active sides need.
+// Blocks; kind softmax: the factors that the active sides need. One attention tensor is read row by row, in the order it lies in.
 template <typename T, typename S>
-static void load_problem(const Problem& p, const Extent& e, i64 b, i64 h, const Scratch<T>& s, bool backward) {
+static void load_problem(const Problem& p, const Extent& e, i64 b, i64 h, const Scratch<T>& s) {
     const i64 start[2] = {e.text_start, e.vision_start};
     const i64 n[2] = {e.n_text, e.n_vision};
-    for (int ab = 0; ab < 4; ++ab)
-        load_block<T, S>(p.blocks[ab], b, h, start[ab / 2], start[ab % 2], n[ab / 2], n[ab % 2], s.raw[ab], s.swapped[ab]);
+    const bool by_rows = p.single && p.blocks[TT].stride[3] == 1;
+    for (int ab = 0; ab < 4 && !by_rows; ++ab)
+        load_block<T, S>(p.blocks[ab], b, h, start[ab / 2], start[ab % 2], n[ab / 2], n[ab % 2], s.raw[ab], s.x);
     for (int a = 0; a < 2; ++a) {
+        const ConstTensor& x = p.blocks[TT];
+        const i64 ld[2] = {leading<T>(n[0]), leading<T>(n[1])};
+        const S* row = (const S*)x.data + b * x.stride[0] + h * x.stride[1] + start[a] * x.stride[2];
+        for (i64 i = 0; i < n[a] && by_rows; ++i, row += x.stride[2])
+            for (int c = 0; c < 2; ++c) load_row(n[c], row + start[c], 1, s.raw[2 * a + c] + i * ld[c], ld[c]);
+    }
+    for (int a = 0; a < 2 && p.options.kind == Kind::softmax; ++a) {
         const int ab = a ? VT : TV, bb = 3 * (1 - a);
-        const i64 rows = n[a], m = n[1 - a], ldn = leading<T>(rows), ldm = leading<T>(m);
+        const i64 m = n[1 - a], ldm = leading<T>(m);
         if (!side_active(p.options, e, a)) continue;
-        if (p.options.kind == Kind::softmax) {
-            for (i64 i = 0; i < rows; ++i) softmax_row<T>(m, s.raw[ab] + i * ldm, s.raw[ab] + i * ldm);
-            for (i64 i = 0; i < m; ++i) softmax_row<T>(m, s.raw[bb] + i * ldm, s.inner[1 - a] + i * ldm);
-        }
-        if (p.options.kind == Kind::softmax)
-            transpose<T>(rows, m, s.raw[ab], ldm, s.swapped[ab], ldn);
-        else
-            transpose<T, true>(rows, m, s.raw[ab], ldm, s.swapped[ab], ldn);
-        if (backward) transpose<T>(m, m, s.inner[1 - a], ldm, s.swapped[bb], ldm);
+        for (i64 i = 0; i < n[a]; ++i) softmax_row<T>(m, s.raw[ab] + i * ldm, s.raw[ab] + i * ldm);
+        for (i64 i = 0; i < m; ++i) softmax_row<T>(m, s.raw[bb] + i * ldm, s.inner[1 - a] + i * ldm);
     }
 }
 
@@ -223,7 +231,7 @@ static void scores_problem(const Problem& p, i64 index, i64 next, char* scratch)
     if (active[0] || active[1]) {
         const i64 n[2] = {e.n_text, e.n_vision};
         const T weight = p.grad_loss ? ((const T*)p.grad_loss)[b * p.grad_loss_stride[0] + h * p.grad_loss_stride[1]] : T(1);
-        load_problem<T, S>(p, e, b, h, s, backward);
+        load_problem<T, S>(p, e, b, h, s);
         look_ahead<T, S>(p, index, next, s.work);
         if (backward)
             for (int ab = 0; ab < 4; ++ab) {
