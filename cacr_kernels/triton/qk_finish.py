@@ -47,10 +47,12 @@ def qk_finish_q_kernel(
     dq += i_bh * n_tokens * D
     o_md = o_m[:, None] * D + o_e[None, :]
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    inside = tl.zeros([BLOCK_M], tl.int1)
     for i_side in tl.static_range(2):
         start, n, _, valid = open_rows(spans, i_b, i_side == 0)
         if (first < start + n) & (first + BLOCK_M > start):
             mask_m = (o_m >= start) & (o_m < start + n)
+            inside |= mask_m
             if TEXT if i_side == 0 else VISION:
                 acc += tl.load(dq + o_md, mask=mask_m[:, None] & (o_e < D)[None, :], other=0.0)
                 if GRAD_X:
@@ -61,6 +63,8 @@ def qk_finish_q_kernel(
             if GRAD_X and (VISION if i_side == 0 else TEXT):
                 dc = grad_cw + (i_bh * 2 + i_side) * (2 * D * D)
                 acc = rows_times_matrix(acc, p_k, k.s_r, k.s_c, o_m, mask_m, dc, D, 1, D, BLOCK_D, BLOCK_F, PRECISION)
+    # a NaN inside makes D x D terms that are not zero times the zeros outside
+    acc = tl.where(inside[:, None], acc, 0.0)
     acc = tl.where(valid, acc, float("nan"))
     out += i_bh * n_tokens * D
     tl.store(out + o_md, narrow(acc, out.dtype.element_ty, UPCAST), mask=(o_m < n_tokens)[:, None] & (o_e < D)[None, :])
@@ -99,10 +103,12 @@ def qk_finish_k_kernel(
     p_k = open_head(k, i_b, i_k, 0)
     o_md = o_m[:, None] * D + o_e[None, :]
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    inside = tl.zeros([BLOCK_M], tl.int1)
     for i_side in tl.static_range(2):
         start, n, _, valid = open_rows(spans, i_b, i_side == 0)
         if (first < start + n) & (first + BLOCK_M > start):
             mask_m = (o_m >= start) & (o_m < start + n)
+            inside |= mask_m
             for i_g in range(group):
                 i_h = i_k * group + i_g
                 i_bh = i_b * key_heads * group + i_h
@@ -130,6 +136,8 @@ def qk_finish_k_kernel(
                     acc = rows_times_matrix(
                         acc, p_k, k.s_r, k.s_c, o_m, mask_m, dc + D * D, D, 1, D, BLOCK_D, BLOCK_F, PRECISION
                     )
+    # a NaN inside makes D x D terms that are not zero times the zeros outside
+    acc = tl.where(inside[:, None], acc, 0.0)
     acc = tl.where(valid, acc, float("nan"))
     out += i_bk * n_tokens * D
     tl.store(out + o_md, narrow(acc, out.dtype.element_ty, UPCAST), mask=(o_m < n_tokens)[:, None] & (o_e < D)[None, :])

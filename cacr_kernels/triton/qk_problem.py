@@ -20,7 +20,8 @@ class QKProblem:
     """Everything the launches of one call share: sizes, spans, flags of the inputs' dtype."""
 
     def __init__(self, q: Tensor, k: Tensor, spans: Spans, options: Options, scale: float) -> None:
-        self.q, self.k, self.spans, self.options, self.scale = q, k, spans, options, scale
+        self.q, self.k = (x if rows_addressable(x) else x.contiguous() for x in (q, k))
+        self.spans, self.options, self.scale = spans, options, scale
         self.batch, self.heads, self.n, self.d = q.shape
         self.key_heads = k.shape[1]
         self.group = self.heads // max(self.key_heads, 1)
@@ -62,6 +63,11 @@ def architecture(device: torch.device) -> int:
         return 0
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+def rows_addressable(x: Tensor) -> bool:
+    """Whether offsets inside a row of x [B, H, N, D] fit in int32, in which kernels compute them; all others are int64."""
+    return x.shape[-1] * x.stride(-1) < 2**31
 
 
 def block(x: Tensor) -> Block:

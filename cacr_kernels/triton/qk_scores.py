@@ -121,8 +121,8 @@ def scores_qk_forward(
         tile = p.launch("forward")
         tiles_text, tiles = p.tiles(tile.m)
         qk_forward_kernel[(p.batch * p.heads, tiles)](
-            block(q),
-            block(k),
+            block(p.q),
+            block(p.k),
             u_hi,
             u_lo,
             u_exp,

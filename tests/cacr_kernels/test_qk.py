@@ -240,6 +240,19 @@ def test_ragged_spans_ignore_what_lies_outside(kernel, device, kind):
         assert (gradient.masked_select(outside) == 0).all()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_bad_numbers_inside_the_spans_stay_inside(kernel, device, kind):
+    q, k = make_qk(20, 32, device=device)
+    q[..., 4, 0] = math.nan
+    options = {"text_start": 2, "vision_start": 11, "n_vision": 6, "kind": kind, "backend": kernel}
+    loss, gradients = loss_and_gradients(lambda a, b: fused_cacr_qk(a, b, 7, **options), q, k)
+    outside = outside_spans(20, [(2, 7, 11, 6)]).to(device)[:, None, :, None]
+    assert loss.isnan()
+    for gradient in gradients:
+        assert gradient.isnan().any()
+        assert (gradient.masked_select(outside) == 0).all()
+
+
 def test_ragged_spans_without_bounds(kernel, device):
     n_text, others = spans(device, SPANS[:2])
     check(kernel, *make_qk(40, 32, batch=2, device=device, std=0.7), n_text, **others)
