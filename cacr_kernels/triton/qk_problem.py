@@ -66,7 +66,7 @@ def architecture(device: torch.device) -> int:
 
 
 def rows_addressable(x: Tensor) -> bool:
-    """Whether offsets inside a row of x [B, H, N, D] fit in int32, in which kernels compute them; all others are int64."""
+    """Whether offsets inside a row of x [B, H, N, D] fit in int32, as kernels compute them; all others are int64."""
     return x.shape[-1] * x.stride(-1) < 2**31
 
 

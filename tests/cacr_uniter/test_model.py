@@ -288,6 +288,22 @@ def test_layer_norm_is_float32_under_autocast(model: UniterForRetrieval) -> None
     assert scores.rank_scores.dtype == scores.itm_logits.dtype == scores.last_input.dtype == torch.float32
 
 
+def test_attention_keeps_its_input_once_under_autocast(model: UniterForRetrieval) -> None:
+    attention = model.uniter.encoder.layer[0].attention.self
+    hidden = torch.randn(2, 5, 16, requires_grad=True)
+    kept = set()
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        if torch.equal(x.flatten(), hidden.bfloat16().flatten()):
+            kept.add(x.data_ptr())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), torch.autocast("cpu", dtype=torch.bfloat16):
+        context = attention(hidden, torch.ones(2, 1, 1, 5, dtype=torch.bool))
+    assert context.requires_grad
+    assert len(kept) == 1
+
+
 def test_dropout_is_overwritten_everywhere(model: UniterForRetrieval) -> None:
     model.train()
     torch.manual_seed(0)

@@ -95,6 +95,9 @@ class SelfAttention(nn.Module):
 
     def forward(self, hidden: Tensor, mask: Tensor, rows: int | None = None) -> Tensor:
         """hidden [B, S, H], mask bool [B, 1, 1, S] (True: attend) -> [B, rows, H], its first rows (default: all S)."""
+        if torch.is_autocast_enabled(hidden.device.type):
+            # cast once: each of the three products would keep a copy of its own for the backward
+            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         context = F.scaled_dot_product_attention(
             self.split_heads(self.query(hidden[:, :rows])),
             self.split_heads(self.key(hidden)),
