@@ -2,6 +2,8 @@
 
 import json
 import math
+import weakref
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -302,6 +304,34 @@ def test_attention_keeps_its_input_once_under_autocast(model: UniterForRetrieval
         context = attention(hidden, torch.ones(2, 1, 1, 5, dtype=torch.bool))
     assert context.requires_grad
     assert len(kept) == 1
+
+
+def test_only_the_argument_of_gelu_is_kept(model: UniterForRetrieval, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backward computes GELU again, to the same gradients as with what it would have kept."""
+    model.train().set_dropout(0.0)
+    gelu, kept = F.gelu, []
+
+    def watched(x: torch.Tensor) -> torch.Tensor:
+        output = gelu(x)
+        kept.append(weakref.ref(output.untyped_storage()))
+        return output
+
+    monkeypatch.setattr(F, "gelu", watched)
+    gradients = []
+    for whole in (False, True):
+        kept.clear()
+        model.zero_grad()
+        forward = type(model.uniter.encoder.layer[0]).forward
+        for layer in model.uniter.encoder.layer:
+            monkeypatch.setattr(layer, "forward", partial(forward, layer, whole=whole))
+        loss = model(make_batch()).rank_scores.sum()
+        assert len(kept) == 3
+        assert [storage() is not None for storage in kept] == [whole] * 3
+        loss.backward()
+        assert len(kept) == (3 if whole else 6)
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    for name, value in gradients[0].items():
+        assert torch.equal(value, gradients[1][name]), name
 
 
 def test_dropout_is_overwritten_everywhere(model: UniterForRetrieval) -> None:

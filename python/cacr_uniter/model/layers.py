@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -133,21 +136,42 @@ class Attention(nn.Module):
         return self.output(self.self(hidden, mask, rows), hidden[:, :rows])
 
 
+@contextmanager
+def kept_as(result: Tensor, function: Callable[[Tensor], Tensor], argument: Tensor) -> Iterator[None]:
+    """Inside, autograd keeps ``argument`` in place of ``result`` = function(argument); the backward computes it again.
+
+    It saves the memory of ``result`` where ``argument`` is kept anyway.
+    """
+    argument = argument.detach()
+    storage = result.untyped_storage()._cdata
+
+    def pack(tensor: Tensor) -> Tensor | torch.Size:
+        return tensor.shape if tensor.untyped_storage()._cdata == storage else tensor
+
+    def unpack(kept: Tensor | torch.Size) -> Tensor:
+        return kept if isinstance(kept, Tensor) else function(argument).view(kept)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
+
+
 class Intermediate(nn.Module):
-    """GELU(W_1 x + b_1), exact (erf) form; [B, S, H] -> [B, S, F]."""
+    """W_1 x + b_1; [B, S, H] -> [B, S, F]."""
 
     def __init__(self, config: UniterConfig) -> None:
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return F.gelu(self.dense(hidden))
+        return self.dense(hidden)
 
 
 class EncoderLayer(nn.Module):
     """One post-LN transformer layer: x1 as in `Attention`, x2 = LN(x1 + Drop(W_2 GELU(W_1 x1))).
 
-    With `rows` only the first rows of the result are computed: the last layer's are read at [CLS] alone.
+    With `rows` only the first rows of the result are computed: the last layer's are read at [CLS] alone. GELU, in its
+    exact form, is computed again in the backward and its argument alone is kept, unless `whole`: the layer itself is
+    computed again.
     """
 
     def __init__(self, config: UniterConfig) -> None:
@@ -156,9 +180,12 @@ class EncoderLayer(nn.Module):
         self.intermediate = Intermediate(config)
         self.output = ResidualOutput(config.intermediate_size, config)
 
-    def forward(self, hidden: Tensor, mask: Tensor, rows: int | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, mask: Tensor, rows: int | None = None, whole: bool = False) -> Tensor:
         attended = self.attention(hidden, mask, rows)
-        return self.output(self.intermediate(attended), attended)
+        wide = self.intermediate(attended)
+        activated = F.gelu(wide)
+        with nullcontext() if whole else kept_as(activated, F.gelu, wide):
+            return self.output(activated, attended)
 
 
 class Pooler(nn.Module):

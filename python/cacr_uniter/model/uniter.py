@@ -80,7 +80,7 @@ class UniterModel(nn.Module):
             rows = 1 if layer is self.encoder.last else None
             with torch.set_grad_enabled(learn and index >= self.frozen_layers):
                 if self.checkpoint_activations and self.training and torch.is_grad_enabled():
-                    hidden = checkpoint(layer, hidden, mask, rows, use_reentrant=False)
+                    hidden = checkpoint(layer, hidden, mask, rows, True, use_reentrant=False)
                 else:
                     hidden = layer(hidden, mask, rows)
         with torch.autocast(hidden.device.type, enabled=False):  # half precision ties the scores of many pairs
