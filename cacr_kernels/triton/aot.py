@@ -38,7 +38,7 @@ from .products import numbers_kernel, project_kernel
 from .small import small_forward_kernel
 from .small_backward import small_cross_kernel, small_own_kernel, small_rows_kernel
 from .table import read
-from .whole import whole_backward_kernel, whole_forward_kernel
+from .whole import whole_backward_kernel, whole_forward_kernel, whole_rows_kernel
 
 SPILL_LIMIT = 64
 KINDS = ("scores", "softmax", "probs")
@@ -63,6 +63,7 @@ for bucket in BUCKETS:
         f"own_{bucket}": (small_own_kernel, {"DY": "computed", **widths}),
         f"whole_forward_{bucket}": (whole_forward_kernel, {"SAVE": True, **widths}),
         f"whole_backward_{bucket}": (whole_backward_kernel, {"GRAD_Y": True, **widths}),
+        f"whole_rows_{bucket}": (whole_rows_kernel, {"GRAD_Y": True, **widths}),
     }
 
 
@@ -204,8 +205,10 @@ def is_launched(case: Case) -> bool:
     """False for a kernel of whole.py where the plan gives its work to another."""
     if not case.kernel.startswith("whole"):
         return True
-    size = int(case.kernel.rpartition("_")[2])
-    return plan(case.arch, case.dtype).takes_whole(case.kind, size, size // 2 if case.narrow else size, size)
+    found, size = plan(case.arch, case.dtype), int(case.kernel.rpartition("_")[2])
+    other = {"sides": "whole_rows", "logits": "whole_backward"}.get(found.whole or "", "whole")
+    taken = found.takes_whole(case.kind, size, size // 2 if case.narrow else size, size)
+    return taken and not case.kernel.startswith(other)
 
 
 def cases(architectures: list[int], dtypes: list[str], kernels: list[str], kinds: list[str]) -> Iterator[Case]:
@@ -251,6 +254,8 @@ QUICK = (
     Case("whole_backward_128", 90, "bfloat16", "scores", narrow=True, ragged=False),
     Case("whole_forward_64", 100, "bfloat16", "probs"),
     Case("whole_backward_64", 100, "float16", "softmax", narrow=True),
+    Case("whole_rows_128", 90, "float32", "scores", narrow=True),
+    Case("whole_rows_64", 100, "float32", "probs"),
     Case("own_64", 80, "float32", "scores"),
     Case("numbers", 100, "bfloat16", "softmax"),
     Case("fill", 80, "float32", "scores"),

@@ -9,7 +9,7 @@ kernels (qk_launch has their rules).
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 #: longest spans of the small path's buckets, whose kernels hold rows of that length whole
 BUCKETS = (64, 128)
@@ -60,17 +60,19 @@ class Key(NamedTuple):
 class Plan:
     """What one architecture does with one dtype: the scheme of its dots (see common.dot) and a Launch per kernel.
 
-    ``whole``: its tensor cores take factors of that dtype from shared memory, and whole.py serves short spans.
+    ``whole``: what whole.py does where spans are short and tensor cores take factors from shared memory: "sides", the
+    forward and all of the backward but the inner blocks; "logits", the forward and G, for factors of more registers.
     """
 
     dot: str
     kernels: dict[str, Launch] = field(default_factory=dict)
-    whole: bool = False
+    whole: Literal["sides", "logits"] | None = None
 
     def takes_whole(self, kind: str, bucket: int | None, n_text: int, n_vision: int) -> bool:
         """Whether the kernels of whole.py serve a size bucket: what they hold fits in registers."""
         shorter = min(n_text, n_vision)
-        return self.whole and bucket is not None and (bucket == BUCKETS[0] or (kind == "scores" and shorter <= 64))
+        fits = bucket == BUCKETS[0] or (bucket is not None and kind == "scores" and shorter <= 64)
+        return self.whole is not None and fits
 
 
 def kernels(small: int, k: int, large: int, warps: int) -> dict[str, Launch]:
@@ -87,7 +89,7 @@ def kernels(small: int, k: int, large: int, warps: int) -> dict[str, Launch]:
         shorter = min(small, bucket // 4)
         for name in ("forward", "rows", "cross", "own"):
             found[f"{name}_{bucket}"] = launch(i=64, c=shorter, k=small, warps=threads)
-        for name in ("whole_forward", "whole_backward"):
+        for name in ("whole_forward", "whole_backward", "whole_rows"):
             found[f"{name}_{bucket}"] = launch(warps=threads)
     return found | {
         "numbers": launch(i=16, j=128),
@@ -104,8 +106,9 @@ def kernels(small: int, k: int, large: int, warps: int) -> dict[str, Launch]:
 #: float32: multiply-adds where shared memory is scarce, three tf32 products elsewhere; 16-bit: bfloat16 products
 IEEE = Plan("ieee", kernels(16, 16, 64, 8))
 TF32X3 = Plan("tf32x3", kernels(16, 16, 64, 8))
+TF32X3_WHOLE = replace(TF32X3, whole="logits")
 SPLIT = Plan("split", kernels(32, 32, 64, 8))
-SPLIT_WHOLE = Plan("split", kernels(32, 32, 64, 8), whole=True)
+SPLIT_WHOLE = replace(SPLIT, whole="sides")
 
 DTYPES = ("float32", "float16", "bfloat16")
 ARCHITECTURES = (80, 86, 89, 90, 100)
@@ -113,8 +116,8 @@ TABLE: dict[int, dict[str, Plan]] = {
     80: {"float32": TF32X3, "float16": SPLIT, "bfloat16": SPLIT},
     86: {"float32": IEEE, "float16": SPLIT, "bfloat16": SPLIT},
     89: {"float32": IEEE, "float16": SPLIT, "bfloat16": SPLIT},
-    90: {"float32": TF32X3, "float16": SPLIT_WHOLE, "bfloat16": SPLIT_WHOLE},
-    100: {"float32": TF32X3, "float16": SPLIT_WHOLE, "bfloat16": SPLIT_WHOLE},
+    90: {"float32": TF32X3_WHOLE, "float16": SPLIT_WHOLE, "bfloat16": SPLIT_WHOLE},
+    100: {"float32": TF32X3_WHOLE, "float16": SPLIT_WHOLE, "bfloat16": SPLIT_WHOLE},
 }
 
 #: tile sizes of each kernel

@@ -46,10 +46,9 @@ class Problem:
         #: of the small path; None: spans are large
         self.bucket = next((bucket for bucket in BUCKETS if longest <= bucket), None)
         self.kind = options.kind
-        #: served by whole.py
-        self.whole = options.stop_gradient != "projection" and self.plan.takes_whole(
-            self.kind, self.bucket, self.n_text, self.n_vision
-        )
+        takes_whole = self.plan.takes_whole(self.kind, self.bucket, self.n_text, self.n_vision)
+        #: what whole.py does (see Plan)
+        self.whole = self.plan.whole if takes_whole and options.stop_gradient != "projection" else None
         self.flags: dict[str, Any] = {"DOT": self.plan.dot, "UNIT": all(x.stride(-1) == 1 for x in near)}
 
     @property

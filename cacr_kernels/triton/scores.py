@@ -16,7 +16,7 @@ from .kernel_args import Work
 from .products import numbers_kernel
 from .small import small_forward_kernel
 from .small_backward import small_cross_kernel, small_own_kernel, small_rows_kernel
-from .whole import whole_backward_kernel, whole_forward_kernel
+from .whole import whole_backward_kernel, whole_forward_kernel, whole_rows_kernel
 
 
 def scores_forward(
@@ -90,10 +90,10 @@ class Backward:
 
         def launch(kernel: Any, name: str, *args: Any, **more: Any) -> None:
             name = f"{name}_{problem.bucket}"
-            programs = 2 if kernel is whole_backward_kernel else problem.row_tiles(name)
+            programs = 2 if name.startswith("whole") else problem.row_tiles(name)
             problem.launch(kernel, name, programs, *args, **flags, **more)
 
-        if problem.whole:
+        if problem.whole == "sides":
             launch(
                 whole_backward_kernel, "whole_backward", *self.shared, work, problem.n_heads, *cross, GRAD_Y=self.grad_y
             )
@@ -102,8 +102,11 @@ class Backward:
             return
         # a dY left in a 16-bit gradient would be rounded twice
         early = self.grad_y and (not self.grad_x or self.tt.dtype == torch.float32)
-        rows = {"GRAD_X": self.grad_x, "GRAD_Y": early}
-        launch(small_rows_kernel, "rows", *self.shared, work, problem.n_heads, *own, **rows)
+        if problem.whole == "logits":
+            launch(whole_rows_kernel, "whole_rows", *self.shared, work, problem.n_heads, *own, GRAD_Y=early)
+        else:
+            rows = {"GRAD_X": self.grad_x, "GRAD_Y": early}
+            launch(small_rows_kernel, "rows", *self.shared, work, problem.n_heads, *own, **rows)
         if self.grad_x:
             launch(small_cross_kernel, "cross", problem.scaling, self.stats, work, problem.n_heads, *cross)
             source = "computed" if self.grad_y and not early else "gradient"

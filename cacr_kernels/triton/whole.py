@@ -1,9 +1,11 @@
-"""Small spans where tensor cores take factors from shared memory: one program a side of a problem, nothing recomputed.
+"""Small spans where tensor cores take factors from shared memory: one program a side of a problem.
 
-A program holds the whole of its side: F = S_ab and S_bb are read once, and X and G never leave the registers.
+A program holds the whole of its side: F = S_ab and S_bb are read once, and X never leaves the registers.
     forward:   U = F S_bb, X = U F^T, the comparison with Y = S_aa
     backward:  X again;  G = scale dX, dY to the workspace;  V = G F to the workspace;  dF = V S_bb^T + G^T F S_bb
-    own:       dS_aa = dY + F_b^T V_b (small_backward.py)
+    rows:      X again;  G to the workspace, dY to the gradient of S_aa: where the halves of the factors of the
+               rest (cross and own in small_backward.py) leave no registers for G
+    own:       after backward: dS_aa = dY + F_b^T V_b (small_backward.py)
 A tile of the tensor cores has as many rows as the longer side: where that is b, U, V, W = G^T F and dF are formed
 transposed. Tiles: A >= n_a, B >= n_b. For kind "softmax" F = P_ab and dS = P (dP - rowsum(P dP)) in each block.
 """
@@ -115,6 +117,65 @@ def whole_forward_kernel(
     else:
         total = forward_side(side, spans, scaling, KIND, DOT, UNIT, SAVE, BLOCK_R, BLOCK_T)
     tl.store(loss + tl.program_id(0), tl.where(valid, total, float("nan")))
+
+
+@triton.jit
+def gradients_side(
+    side, g, scale, m_g, m_y, KIND: tl.constexpr, DOT: tl.constexpr, UNIT: tl.constexpr, GRAD_Y: tl.constexpr,
+    A: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """G to m_g, dY to m_y."""
+    inside = inside_tile(side.own, 0, 0, A, A)
+    b_t = load_tile(side.own, 0, 0, A, A, UNIT, DOT)  # before the dots: see mask_logits
+    b_f, b_s = whole_factors(side, KIND, DOT, UNIT, A, B)
+    b_x = whole_logits(side, b_f, b_s, KIND, DOT, UNIT, A, B) * scale
+    b_dx, b_dy = rows_gradient(b_x, target_logits(b_t, KIND), load_rows(side, 0, A), inside)
+    if GRAD_Y:
+        store_tile(m_y, target_gradient(b_dy, b_t, KIND) * g, 0, 0, A, A)
+    store_tile(m_g, b_dx * (g * scale), 0, 0, A, A)
+
+
+@triton.jit(do_not_specialize=[*UNSPECIALIZED, "grad_tt", "grad_vv"])
+def whole_rows_kernel(
+    tt,  # Block: S_tt [B, H, T, T]
+    tv,  # Block: S_tv [B, H, T, R]
+    vt,  # Block: S_vt [B, H, R, T]
+    vv,  # Block: S_vv [B, H, R, R]
+    spans,  # SpanArgs
+    scaling,  # Scaling
+    grad_loss,  # [B, H]
+    s_g_b,
+    s_g_h,
+    stats,  # float32 [B * H, 8, T + R]
+    work,  # Work: G
+    n_heads,
+    grad_tt,  # contiguous, shape and dtype of the input
+    grad_vv,  # contiguous, shape and dtype of the input
+    KIND: tl.constexpr,
+    DOT: tl.constexpr,
+    UNIT: tl.constexpr,
+    GRAD_Y: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """G and dY of one side of one problem."""
+    tt, tv, vt, vv = plain_blocks(tt, tv, vt, vv)
+    spans = SpanArgs(spans.table, *plain_spans(spans))
+    scaling = plain_scaling(scaling)
+    work = plain_work(work)
+    i_problem = tl.program_id(0) // 2
+    is_text = tl.program_id(0) % 2 == 0
+    side = open_side(tt, tv, vt, vv, spans, stats, i_problem, n_heads, is_text)
+    scale, weight, active = side_scale(scaling, side)
+    if (side.n_a > 0) & active:
+        g = load_grad_loss(grad_loss, s_g_b, s_g_h, i_problem, n_heads) * weight
+        m_g = open_g(work, side, i_problem)
+        grad = tl.where(is_text, grad_tt, grad_vv)
+        m_y = open_gradient(grad, spans, i_problem, n_heads, is_text, is_text, side.n_a, side.n_a)
+        if is_text:
+            gradients_side(side, g, scale, m_g, m_y, KIND, DOT, UNIT, GRAD_Y, BLOCK_T, BLOCK_R)
+        else:
+            gradients_side(side, g, scale, m_g, m_y, KIND, DOT, UNIT, GRAD_Y, BLOCK_R, BLOCK_T)
 
 
 @triton.jit

@@ -24,7 +24,7 @@ from cacr_kernels.problem import Options, Spans
 from cacr_kernels.triton import aot, host, qk_backward, qk_forward, scores_backward, scores_forward
 
 found = defaultdict(set)
-plans = [replace(host.INTERPRETER, whole=whole) for whole in (False, True)]
+plans = [replace(host.INTERPRETER, whole=whole) for whole in (None, "sides", "logits")]
 for start, t, r in ((0, 1, 1), (1, 1, 16), (1, 16, 47), (2, 48, 63), (16, 17, 1), (0, 32, 64)):
     for ragged in (False, True):
         n = start + t + r
@@ -71,6 +71,7 @@ def test_sizes_that_change_with_every_batch_compile_nothing_anew():
         "small_forward_kernel",
         "small_own_kernel",
         "whole_backward_kernel",
+        "whole_rows_kernel",
         "qk_rows_kernel",
         "qk_mix_kernel",
     }

@@ -23,7 +23,7 @@ from cacr_kernels.triton import host, scores_backward, scores_forward
 from cacr_kernels.triton.configs import INTERPRETER, Launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-PATHS = ("small", "whole", "large")
+PATHS = ("small", "whole sides", "whole logits", "large")
 
 
 @pytest.fixture(autouse=True)
@@ -45,8 +45,8 @@ def poisoned_memory(monkeypatch):
 def path(request, monkeypatch):
     if request.param == "large":
         monkeypatch.setattr(host, "BUCKETS", ())
-    if request.param == "whole":
-        monkeypatch.setattr(host, "INTERPRETER", replace(host.INTERPRETER, whole=True))
+    if request.param.startswith("whole"):
+        monkeypatch.setattr(host, "INTERPRETER", replace(host.INTERPRETER, whole=request.param.removeprefix("whole ")))
     return request.param
 
 
