@@ -35,7 +35,7 @@ class Launch:
 
 #: the kernels that compute tiles of X
 FORMS_X = (
-    *(f"{name}_{bucket}" for bucket in BUCKETS for name in ("forward", "rows", "own")),
+    *(f"{name}_{bucket}" for bucket in BUCKETS for name in ("forward", "rows", "own", "whole_rows")),
     *("large_forward", "large_g", "large_own"),
 )
 
@@ -89,8 +89,9 @@ def kernels(small: int, k: int, large: int, warps: int) -> dict[str, Launch]:
         shorter = min(small, bucket // 4)
         for name in ("forward", "rows", "cross", "own"):
             found[f"{name}_{bucket}"] = launch(i=64, c=shorter, k=small, warps=threads)
-        for name in ("whole_forward", "whole_backward", "whole_rows"):
+        for name in ("whole_forward", "whole_backward"):
             found[f"{name}_{bucket}"] = launch(warps=threads)
+        found[f"whole_rows_{bucket}"] = launch(i=64, warps=threads)
     return found | {
         "numbers": launch(i=16, j=128),
         "fill": launch(i=16, j=128),

@@ -90,7 +90,7 @@ class Backward:
 
         def launch(kernel: Any, name: str, *args: Any, **more: Any) -> None:
             name = f"{name}_{problem.bucket}"
-            programs = 2 if name.startswith("whole") else problem.row_tiles(name)
+            programs = 2 if kernel is whole_backward_kernel else problem.row_tiles(name)
             problem.launch(kernel, name, programs, *args, **flags, **more)
 
         if problem.whole == "sides":

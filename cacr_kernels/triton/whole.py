@@ -28,6 +28,7 @@ from .common import (
     open_gradient,
     open_side,
     open_v,
+    row_tile,
     store_tile,
 )
 from .kernel_args import UNSPECIALIZED, SpanArgs, plain_blocks, plain_scaling, plain_spans, plain_work
@@ -57,11 +58,30 @@ def whole_logits(
     """X [A, A] before its scale, up to a constant a row: U F^T with U = F S_bb, or with U^T = S_bb^T F^T."""
     if A < B:
         b_u = tl.trans(dot(tl.trans(b_s), tl.trans(b_f), tl.zeros([B, A], tl.float32), DOT))
+        return projected(side, b_u, b_f, KIND, DOT, UNIT, A, A, B)
     else:
-        b_u = dot(b_f, b_s, tl.zeros([A, B], tl.float32), DOT)
-    if KIND != "softmax" and DOT != "split":  # see products.load_centred
+        return rows_logits(side, b_f, b_f, b_s, KIND, DOT, UNIT, A, A, B)
+
+
+@triton.jit
+def rows_logits(
+    side, b_i, b_f, b_s, KIND: tl.constexpr, DOT: tl.constexpr, UNIT: tl.constexpr,
+    I: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """The same for the rows [I, A] whose F is b_i, bit for bit."""
+    b_u = dot(b_i, b_s, tl.zeros([I, B], tl.float32), DOT)
+    return projected(side, b_u, b_f, KIND, DOT, UNIT, I, A, B)
+
+
+@triton.jit
+def projected(
+    side, b_u, b_f, KIND: tl.constexpr, DOT: tl.constexpr, UNIT: tl.constexpr,
+    I: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """U F^T [I, A], but for float32 U (F - 1 f_0)^T: see products.load_centred."""
+    if KIND != "softmax" and DOT != "split":
         b_f -= load_tile(side.cross, 0, 0, 1, B, UNIT, DOT)
-    return dot(b_u, tl.trans(b_f), tl.zeros([A, A], tl.float32), DOT)
+    return dot(b_u, tl.trans(b_f), tl.zeros([I, A], tl.float32), DOT)
 
 
 @triton.jit
@@ -120,19 +140,25 @@ def whole_forward_kernel(
 
 
 @triton.jit
-def gradients_side(
-    side, g, scale, m_g, m_y, KIND: tl.constexpr, DOT: tl.constexpr, UNIT: tl.constexpr, GRAD_Y: tl.constexpr,
-    A: tl.constexpr, B: tl.constexpr,
+def rows_side(
+    side, i_tile, g, scale, m_g, m_y, KIND: tl.constexpr, DOT: tl.constexpr, UNIT: tl.constexpr, GRAD_Y: tl.constexpr,
+    BLOCK_I: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    """G to m_g, dY to m_y."""
-    inside = inside_tile(side.own, 0, 0, A, A)
-    b_t = load_tile(side.own, 0, 0, A, A, UNIT, DOT)  # before the dots: see mask_logits
+    """G to m_g, dY to m_y for the rows from i: as many as fit in registers with all that the gradients need."""
+    I: tl.constexpr = min(BLOCK_I, A)
+    i = i_tile if I < A else 0  # a constant where there is one tile: fewer registers
+    inside = inside_tile(side.own, i, 0, I, A)
+    b_t = load_tile(side.own, i, 0, I, A, UNIT, DOT)  # before the dots: see mask_logits
     b_f, b_s = whole_factors(side, KIND, DOT, UNIT, A, B)
-    b_x = whole_logits(side, b_f, b_s, KIND, DOT, UNIT, A, B) * scale
-    b_dx, b_dy = rows_gradient(b_x, target_logits(b_t, KIND), load_rows(side, 0, A), inside)
+    if I == A:
+        b_x = whole_logits(side, b_f, b_s, KIND, DOT, UNIT, A, B)
+    else:
+        b_i = load_factor(side.cross, i, 0, I, B, KIND, UNIT, DOT)
+        b_x = rows_logits(side, b_i, b_f, b_s, KIND, DOT, UNIT, I, A, B)
+    b_dx, b_dy = rows_gradient(b_x * scale, target_logits(b_t, KIND), load_rows(side, i, I), inside)
     if GRAD_Y:
-        store_tile(m_y, target_gradient(b_dy, b_t, KIND) * g, 0, 0, A, A)
-    store_tile(m_g, b_dx * (g * scale), 0, 0, A, A)
+        store_tile(m_y, target_gradient(b_dy, b_t, KIND) * g, i, 0, I, A)
+    store_tile(m_g, b_dx * (g * scale), i, 0, I, A)
 
 
 @triton.jit(do_not_specialize=[*UNSPECIALIZED, "grad_tt", "grad_vv"])
@@ -157,25 +183,25 @@ def whole_rows_kernel(
     GRAD_Y: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    BLOCK_I: tl.constexpr,
 ):
-    """G and dY of one side of one problem."""
+    """G and dY of one tile of rows of one side."""
     tt, tv, vt, vv = plain_blocks(tt, tv, vt, vv)
     spans = SpanArgs(spans.table, *plain_spans(spans))
     scaling = plain_scaling(scaling)
     work = plain_work(work)
-    i_problem = tl.program_id(0) // 2
-    is_text = tl.program_id(0) % 2 == 0
+    i_problem, is_text, i = row_tile(spans, BLOCK_I)
     side = open_side(tt, tv, vt, vv, spans, stats, i_problem, n_heads, is_text)
     scale, weight, active = side_scale(scaling, side)
-    if (side.n_a > 0) & active:
+    if (i < side.n_a) & active:
         g = load_grad_loss(grad_loss, s_g_b, s_g_h, i_problem, n_heads) * weight
         m_g = open_g(work, side, i_problem)
         grad = tl.where(is_text, grad_tt, grad_vv)
         m_y = open_gradient(grad, spans, i_problem, n_heads, is_text, is_text, side.n_a, side.n_a)
         if is_text:
-            gradients_side(side, g, scale, m_g, m_y, KIND, DOT, UNIT, GRAD_Y, BLOCK_T, BLOCK_R)
+            rows_side(side, i, g, scale, m_g, m_y, KIND, DOT, UNIT, GRAD_Y, BLOCK_I, BLOCK_T, BLOCK_R)
         else:
-            gradients_side(side, g, scale, m_g, m_y, KIND, DOT, UNIT, GRAD_Y, BLOCK_R, BLOCK_T)
+            rows_side(side, i, g, scale, m_g, m_y, KIND, DOT, UNIT, GRAD_Y, BLOCK_I, BLOCK_R, BLOCK_T)
 
 
 @triton.jit
