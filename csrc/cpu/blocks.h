@@ -130,7 +130,9 @@ static void transpose(i64 rows, i64 columns, const T* in, i64 ld_in, T* out, i64
 
 template <typename T, typename S>
 static void load_row(i64 columns, const S* in, i64 step, T* out, i64 ld) {
-    if (step == 1)
+    if (step == 1 && sizeof(S) == sizeof(T))
+        __builtin_memcpy(out, in, (size_t)columns * sizeof(T));
+    else if (step == 1)
         for (i64 j = 0; j < columns; ++j) out[j] = to_float(in[j]);
     else
         for (i64 j = 0; j < columns; ++j) out[j] = to_float(in[j * step]);
@@ -155,7 +157,9 @@ static void load_block(const ConstTensor& tensor, i64 b, i64 h, i64 row, i64 col
 // One stretch of an output row: `count` values, or zeros where `values` is null. Returns its end.
 template <typename T, typename S>
 CACR_INLINE S* store_stretch(S* out, const T* values, i64 count) {
-    if (values)
+    if (values && sizeof(S) == sizeof(T))
+        __builtin_memcpy(out, values, (size_t)count * sizeof(T));
+    else if (values)
         for (i64 j = 0; j < count; ++j) from_float(values[j], out[j]);
     else if (count > 0)
         __builtin_memset(out, 0, (size_t)count * sizeof(S));

@@ -2,7 +2,7 @@
 // element at a time at any strides, so that a transposed left factor needs no copy.
 #pragma once
 
-#include "simd.h"
+#include "quads.h"
 
 namespace cacr {
 namespace CACR_ISA {
@@ -28,11 +28,8 @@ constexpr int kMaxVectors = 2;
 constexpr int rows_for(int vectors) { return vectors == 2 ? 4 : 8; }
 #endif
 
-// 512-bit units of two 256-bit halves do half a vector in half the time.
-constexpr bool kHalves = CACR_VECTOR_BYTES == 64;
-
-// With AVX-512 (Zen 4) products leave room for prefetches, of what they will store and of the next problem; with AVX2 (Zen 3) these cost
-// 2 to 10 %.
+// With AVX-512 products leave room for prefetches, of what they will store and of the next problem (Zen 4 and 5: 10 % less time where
+// memory is new, 3 % more where all is in the cache); with AVX2 (Zen 3) these cost 2 to 10 %.
 constexpr bool kPrefetch = CACR_VECTOR_BYTES == 64;
 
 constexpr i64 kDepth = 384;            // inner dimension of one packed panel
@@ -43,129 +40,198 @@ constexpr i64 pack_elements() {
     return kDepth * kMaxVectors * kLanes<T>;
 }
 
-// Rows of memory, `stride` bytes apart, that will be wanted soon.
+// Rows of memory, `stride` bytes apart, that will be wanted soon; `done` bytes of the first have been fetched.
 struct Ahead {
     const char* row;
     i64 bytes, stride, rows;
-    i64 offset;
+    i64 done;
 };
 
 // Scratch that products share, and the memory to fetch between their register tiles: it arrives while they compute.
 template <typename T>
 struct Workspace {
-    static constexpr int kLines = kPrefetch ? CACR_VECTOR_BYTES * kMaxVectors / 10 : 0;  // cache lines a tile
+    static constexpr i64 kBytes = kPrefetch ? CACR_VECTOR_BYTES * kMaxVectors / 10 * 64 : 0;  // a tile
 
     T* pack;  // pack_elements<T>()
     Ahead ahead[8];
     int waiting;  // entries of ahead in use; the last one is fetched first
 
     CACR_INLINE void add(const char* row, i64 bytes, i64 stride, i64 rows) {
-        if (rows > 0 && bytes > 0) ahead[waiting++] = {row, bytes, stride, rows, 0};
+        if (rows <= 0 || bytes <= 0) return;
+        const bool one = stride == bytes;
+        ahead[waiting++] = {row, one ? bytes * rows : bytes, stride, one ? 1 : rows, 0};
     }
 
     CACR_INLINE void fetch() {
-        for (int line = 0; line < kLines && waiting > 0; ++line) {
+        for (i64 left = kBytes; left > 0 && waiting > 0;) {
             Ahead& a = ahead[waiting - 1];
-            __builtin_prefetch(a.row + a.offset, 0, 2);
-            a.offset += 64;
-            if (a.offset < a.bytes) continue;
-            a.offset = 0;
+            const i64 end = a.bytes - a.done < left ? a.bytes : a.done + left;
+            left -= end - a.done;
+            for (; a.done < end; a.done += 64) __builtin_prefetch(a.row + a.done, 0, 2);
+            if (end < a.bytes) return;
+            a.done = 0;
             a.row += a.stride;
             if (--a.rows == 0) --waiting;
         }
     }
 };
 
-// C [Rows, Vectors vectors] (+)= A B over `depth`. Half: of the last vector only the lower half.
-template <typename T, int Rows, int Vectors, bool Half>
+// C [Rows, Vectors vectors] (+)= A B over `depth`.
+template <typename T, int Rows, int Vectors>
 static void tile(i64 depth, const Left<T>& left, const T* b, i64 ldb, T* c, i64 ldc, bool accumulate) {
-    constexpr int full = Vectors - Half, last = full * kLanes<T>;
-    Vec<T> sum[Rows][full ? full : 1];
-    HalfVec<T> rest[Rows];
+    Vec<T> sum[Rows][Vectors];
     unrolled<Rows>([&](auto i) __attribute__((always_inline)) {
-        unrolled<full>([&](auto j) __attribute__((always_inline)) { sum[i][j] = Vec<T>{}; });
-        rest[i] = HalfVec<T>{};
-        if constexpr (kPrefetch)
-            unrolled<Vectors>([&](auto j) __attribute__((always_inline)) {
-                __builtin_prefetch(c + i * ldc + j * kLanes<T>, 1, 3);
-            });
+        unrolled<Vectors>([&](auto j) __attribute__((always_inline)) {
+            sum[i][j] = Vec<T>{};
+            if constexpr (kPrefetch) __builtin_prefetch(c + i * ldc + j * kLanes<T>, 1, 3);
+        });
     });
     const T* a = left.data;
     const i64 row = left.row, column = left.column;
     for (i64 k = 0; k < depth; ++k) {
-        Vec<T> right[full ? full : 1];
-        HalfVec<T> right_rest;
-        unrolled<full>([&](auto j) __attribute__((always_inline)) { right[j] = load(b + j * kLanes<T>); });
-        if constexpr (Half) right_rest = load<T, HalfVec<T>>(b + last);
+        Vec<T> right[Vectors];
+        unrolled<Vectors>([&](auto j) __attribute__((always_inline)) { right[j] = load(b + j * kLanes<T>); });
         unrolled<Rows>([&](auto i) __attribute__((always_inline)) {
             const Vec<T> value = splat(a[i * row]);
-            unrolled<full>([&](auto j) __attribute__((always_inline)) { sum[i][j] += value * right[j]; });
-            if constexpr (Half) rest[i] += lower_half<T>(value) * right_rest;
+            unrolled<Vectors>([&](auto j) __attribute__((always_inline)) { sum[i][j] += value * right[j]; });
         });
         a += column;
         b += ldb;
     }
     unrolled<Rows>([&](auto i) __attribute__((always_inline)) {
-        unrolled<full>([&](auto j) __attribute__((always_inline)) {
+        unrolled<Vectors>([&](auto j) __attribute__((always_inline)) {
             T* at = c + i * ldc + j * kLanes<T>;
             store(at, accumulate ? load(at) + sum[i][j] : sum[i][j]);
         });
-        if constexpr (Half) {
-            T* at = c + i * ldc + last;
-            store(at, with_zeros<T>(accumulate ? load<T, HalfVec<T>>(at) + rest[i] : rest[i]));
-        }
     });
 }
 
-template <typename T, int Rows, int Vectors, bool Half>
+template <typename T, int Rows, int Vectors>
 static void tile_of_rows(i64 rows, i64 depth, const Left<T>& left, const T* b, i64 ldb, T* c, i64 ldc, bool accumulate) {
     if constexpr (Rows > 0) {
         if (rows == Rows)
-            tile<T, Rows, Vectors, Half>(depth, left, b, ldb, c, ldc, accumulate);
+            tile<T, Rows, Vectors>(depth, left, b, ldb, c, ldc, accumulate);
         else
-            tile_of_rows<T, Rows - 1, Vectors, Half>(rows, depth, left, b, ldb, c, ldc, accumulate);
+            tile_of_rows<T, Rows - 1, Vectors>(rows, depth, left, b, ldb, c, ldc, accumulate);
     }
 }
 
 // One panel of columns, all rows.
-template <typename T, int Vectors, bool Half>
-static void panel(i64 m, i64 depth, Left<T> left, const T* b, i64 ldb, T* c, i64 ldc, bool accumulate,
-                  Workspace<T>& work) {
-    constexpr int rows = rows_for(Vectors);
-    i64 i = 0;
-    for (; i + rows <= m; i += rows) {
-        work.fetch();
-        tile<T, rows, Vectors, Half>(depth, left, b, ldb, c + i * ldc, ldc, accumulate);
-        left.data += rows * left.row;
-    }
-    tile_of_rows<T, rows - 1, Vectors, Half>(m - i, depth, left, b, ldb, c + i * ldc, ldc, accumulate);
-}
-
 template <typename T, int Vectors>
-static void panel_of_vectors(int vectors, bool half, i64 m, i64 depth, const Left<T>& left, const T* b, i64 ldb, T* c,
-                             i64 ldc, bool accumulate, Workspace<T>& work) {
+static void panel(int vectors, i64 m, i64 depth, Left<T> left, const T* b, i64 ldb, T* c, i64 ldc, bool accumulate,
+                  Workspace<T>& work) {
     if constexpr (Vectors > 0) {
-        if (vectors < Vectors)
-            return panel_of_vectors<T, Vectors - 1>(vectors, half, m, depth, left, b, ldb, c, ldc, accumulate, work);
-        if constexpr (kHalves)
-            if (half) return panel<T, Vectors, true>(m, depth, left, b, ldb, c, ldc, accumulate, work);
-        panel<T, Vectors, false>(m, depth, left, b, ldb, c, ldc, accumulate, work);
+        if (vectors < Vectors) return panel<T, Vectors - 1>(vectors, m, depth, left, b, ldb, c, ldc, accumulate, work);
+        constexpr int rows = rows_for(Vectors);
+        i64 i = 0;
+        for (; i + rows <= m; i += rows) {
+            work.fetch();
+            tile<T, rows, Vectors>(depth, left, b, ldb, c + i * ldc, ldc, accumulate);
+            left.data += rows * left.row;
+        }
+        tile_of_rows<T, rows - 1, Vectors>(m - i, depth, left, b, ldb, c + i * ldc, ldc, accumulate);
     }
 }
 
-// C [m, n] (+)= A [m, depth] B [depth, n]. Columns n .. padded(n) of B must be finite, those of C become so.
+// Columns after the last whole vector, 4 Quads of them. A vector is 4 columns of a group of kQuads rows: lane 4 i + j is
+// element (i, j), so that 4 columns cost 4 / kLanes of a vector. ByColumns: A is read along its columns.
+// C [rows, 4 Quads] (+)= A B for at most Groups groups; the rest of a vector in C becomes 0.
+template <typename T, int Groups, int Quads, bool ByColumns>
+static void quad_tile(i64 rows, i64 depth, const Left<T>& left, const T* b, i64 ldb, T* c, i64 ldc, bool accumulate) {
+    constexpr int n = kQuads<T>;
+    Vec<T> sum[Groups][Quads];
+    unrolled<Groups>([&](auto g) __attribute__((always_inline)) {
+        unrolled<Quads>([&](auto q) __attribute__((always_inline)) { sum[g][q] = Vec<T>{}; });
+    });
+    const T* a = left.data;
+    auto step = [&](auto&& value) __attribute__((always_inline)) {
+        Vec<T> right[Quads];
+        unrolled<Quads>([&](auto q) __attribute__((always_inline)) { right[q] = repeated(b + 4 * q); });
+        unrolled<Groups>([&](auto g) __attribute__((always_inline)) {
+            const Vec<T> factor = value(g);
+            unrolled<Quads>([&](auto q) __attribute__((always_inline)) { sum[g][q] += factor * right[q]; });
+        });
+        b += ldb;
+    };
+    if constexpr (ByColumns) {
+        for (i64 k = 0; k < depth; ++k, a += left.column)
+            step([&](auto g) __attribute__((always_inline)) { return stretched(a + g * n); });
+    } else {
+        auto four = [&](i64 count) __attribute__((always_inline)) {
+            Vec<T> values[Groups];
+            unrolled<Groups>([&](auto g) __attribute__((always_inline)) { values[g] = joined(a + g * n * left.row, left.row); });
+            unrolled<4>([&](auto k) __attribute__((always_inline)) {
+                if (k < count) step([&](auto g) __attribute__((always_inline)) { return spread<k>(values[g]); });
+            });
+            a += 4;
+        };
+        for (i64 k = 4; k <= depth; k += 4) four(4);
+        if (depth % 4) four(depth % 4);
+    }
+    unrolled<Groups>([&](auto g) __attribute__((always_inline)) {
+        unrolled<n>([&](auto i) __attribute__((always_inline)) {
+            if (g * n + i >= rows) return;
+            unrolled<n>([&](auto q) __attribute__((always_inline)) {
+                T* at = c + (g * n + i) * ldc + 4 * q;
+                if constexpr (q < Quads)
+                    store_quad<i>(at, sum[g][q], accumulate);
+                else
+                    store_quad<0>(at, Vec<T>{}, false);
+            });
+        });
+    });
+}
+
+// Groups of rows that quad_tile takes at a time: a multiply-add of each is on its way before the next of the first.
+constexpr int groups_for(int quads) { return quads == 3 ? 6 : 8; }
+
+template <typename T, int Groups, int Quads, bool ByColumns>
+static void tile_of_groups(i64 groups, i64 rows, i64 depth, const Left<T>& left, const T* b, i64 ldb, T* c, i64 ldc,
+                           bool accumulate) {
+    if constexpr (Groups > 0) {
+        if (groups == Groups)
+            quad_tile<T, Groups, Quads, ByColumns>(rows, depth, left, b, ldb, c, ldc, accumulate);
+        else
+            tile_of_groups<T, Groups - 1, Quads, ByColumns>(groups, rows, depth, left, b, ldb, c, ldc, accumulate);
+    }
+}
+
+// All rows of the columns that quad_tile serves.
+template <typename T, int Quads>
+static void quad_panel(int quads, i64 m, i64 depth, Left<T> left, const T* b, i64 ldb, T* c, i64 ldc, bool accumulate) {
+    if constexpr (Quads > 0) {
+        if (quads < Quads) return quad_panel<T, Quads - 1>(quads, m, depth, left, b, ldb, c, ldc, accumulate);
+        constexpr int most = groups_for(Quads);
+        const i64 groups = (m + kQuads<T> - 1) / kQuads<T>, tiles = (groups + most - 1) / most;
+        for (i64 t = 0, done = 0; t < tiles; ++t) {
+            const i64 count = (groups - done + tiles - t - 1) / (tiles - t), row = done * kQuads<T>;
+            const Left<T> factor = {left.data + row * left.row, left.row, left.column};
+            if (left.column == 1)
+                tile_of_groups<T, most, Quads, false>(count, m - row, depth, factor, b, ldb, c + row * ldc, ldc, accumulate);
+            else
+                tile_of_groups<T, most, Quads, true>(count, m - row, depth, factor, b, ldb, c + row * ldc, ldc, accumulate);
+            done += count;
+        }
+    }
+}
+
+// C [m, n] (+)= A [m, depth] B [depth, n]. A has stride 1 along its rows or its columns, and three rows after its
+// last are readable. Columns n .. padded(n) of B must be finite, those of C become so.
 // Sums run over the inner index in order, whatever the tile.
 template <typename T>
 static void multiply(i64 m, i64 n, i64 depth, Left<T> left, const T* b, i64 ldb, T* c, i64 ldc, bool accumulate,
                      Workspace<T>& work) {
-    const i64 vectors = padded<T>(n) / kLanes<T>;
+    const int rest = (int)((n % kLanes<T> + 3) / 4), quads = rest < kQuads<T> ? rest : 0;
+    const i64 vectors = quads ? n / kLanes<T> : padded<T>(n) / kLanes<T>;
     const i64 panels = (vectors + kMaxVectors - 1) / kMaxVectors;
-    const bool half = kHalves && 2 * (vectors * kLanes<T> - n) >= kLanes<T>;  // lower half of the last one will do
     const bool packed = m > 4 * rows_for(kMaxVectors) && depth * ldb * (i64)sizeof(T) > kPackBytes;
     const i64 step = packed ? kDepth : depth;
     for (i64 start = 0; start < depth || start == 0; start += step) {
         const i64 part = depth - start < step ? depth - start : step;
-        for (i64 p = 0, done = 0; p < panels; ++p) {
+        const Left<T> factor = {left.data + start * left.column, left.row, left.column};
+        const bool add = accumulate || start > 0;
+        i64 done = 0;
+        for (i64 p = 0; p < panels; ++p) {
             const int width = (int)((vectors - done + panels - p - 1) / (panels - p));
             const i64 column = done * kLanes<T>;
             const T* right = b + start * ldb + column;
@@ -176,11 +242,11 @@ static void multiply(i64 m, i64 n, i64 depth, Left<T> left, const T* b, i64 ldb,
                     __builtin_memcpy(work.pack + k * ld, right + k * ldb, (size_t)ld * sizeof(T));
                 right = work.pack;
             }
-            const Left<T> factor = {left.data + start * left.column, left.row, left.column};
-            panel_of_vectors<T, kMaxVectors>(width, half && p == panels - 1, m, part, factor, right, ld, c + column,
-                                             ldc, accumulate || start > 0, work);
+            panel<T, kMaxVectors>(width, m, part, factor, right, ld, c + column, ldc, add, work);
             done += width;
         }
+        const i64 column = done * kLanes<T>;
+        quad_panel<T, kQuads<T> - 1>(quads, m, part, factor, b + start * ldb + column, ldb, c + column, ldc, add);
     }
 }
 

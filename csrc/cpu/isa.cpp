@@ -46,7 +46,7 @@ static double multiply_adds(i64 rounds, float* sink) {
     for (int i = 0; i < depth * width; ++i) right[i] = 1e-3f * (float)(i % 5);
     for (int i = 0; i < rows * width; ++i) out[i] = 0.0f;
     for (i64 r = 0; r < rounds; ++r) {
-        tile<float, rows, kMaxVectors, false>(depth, {left, depth, 1}, right, width, out, width, true);
+        tile<float, rows, kMaxVectors>(depth, {left, depth, 1}, right, width, out, width, true);
         asm volatile("" : : "r"(out) : "memory");  // every element is wanted
     }
     *sink = out[0];

@@ -84,7 +84,7 @@ static QkScratch<T> lay_out_qk(char* base, const QkProblem& p, i64 n_text, i64 n
     s.h = take(kPanel * widest);
     for (T*& square : s.square) square = s.dense ? nullptr : take(s.dim * s.ld);
     s.pt = s.dense ? take(widest * kPanel) : nullptr;
-    s.rows = take(2 * kRowGroup * widest);
+    s.rows = take(2 * kRowGroup * widest);  // after the matrices: products read up to three rows past a left factor
     s.work = {take(pack_elements<T>()), {}, 0};
     s.bytes = used;
     return s;

@@ -59,7 +59,7 @@ static Scratch<T> lay_out(char* base, i64 n_text, i64 n_vision, Kind kind, bool 
     s.u = take(widest * widest);
     s.du = backward ? take(widest * widest) : nullptr;
     s.x = take(widest * widest);
-    s.rows = take(2 * kRowGroup * widest);
+    s.rows = take(2 * kRowGroup * widest);  // after the matrices: products read up to three rows past a left factor
     s.work = {take(pack_elements<T>()), {}, 0};
     s.bytes = used;
     return s;

@@ -17,21 +17,17 @@ template <>
 struct VectorOf<float> {
     typedef float type __attribute__((vector_size(CACR_VECTOR_BYTES)));
     typedef int integer __attribute__((vector_size(CACR_VECTOR_BYTES)));
-    typedef float half __attribute__((vector_size(CACR_VECTOR_BYTES / 2)));
 };
 template <>
 struct VectorOf<double> {
     typedef double type __attribute__((vector_size(CACR_VECTOR_BYTES)));
     typedef long long integer __attribute__((vector_size(CACR_VECTOR_BYTES)));
-    typedef double half __attribute__((vector_size(CACR_VECTOR_BYTES / 2)));
 };
 
 template <typename T>
 using Vec = typename VectorOf<T>::type;
 template <typename T>
 using IntVec = typename VectorOf<T>::integer;
-template <typename T>
-using HalfVec = typename VectorOf<T>::half;
 
 // Lanes of a vector.
 template <typename T>
@@ -73,9 +69,9 @@ CACR_INLINE void unrolled(F&& f) {
     unrolled_impl(f, typename MakeIndices<N>::type{});
 }
 
-template <typename T, typename V = Vec<T>>
-CACR_INLINE V load(const T* p) {
-    V v;
+template <typename T>
+CACR_INLINE Vec<T> load(const T* p) {
+    Vec<T> v;
     __builtin_memcpy(&v, p, sizeof v);
     return v;
 }
@@ -88,24 +84,6 @@ CACR_INLINE void store(T* p, Vec<T> v) {
 template <typename T>
 CACR_INLINE Vec<T> splat(T value) {
     return value - Vec<T>{};
-}
-
-template <typename T, int... I>
-CACR_INLINE HalfVec<T> lower_half_impl(Vec<T> v, Indices<I...>) {
-    return __builtin_shufflevector(v, v, I...);
-}
-template <typename T>
-CACR_INLINE HalfVec<T> lower_half(Vec<T> v) {
-    return lower_half_impl<T>(v, typename MakeIndices<kLanes<T> / 2>::type{});
-}
-
-template <typename T, int... I>
-CACR_INLINE Vec<T> with_zeros_impl(HalfVec<T> v, Indices<I...>) {
-    return __builtin_shufflevector(v, HalfVec<T>{}, I...);
-}
-template <typename T>
-CACR_INLINE Vec<T> with_zeros(HalfVec<T> v) {
-    return with_zeros_impl<T>(v, typename MakeIndices<kLanes<T>>::type{});
 }
 
 template <typename T>

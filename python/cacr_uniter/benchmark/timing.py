@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import time
 from collections.abc import Callable
@@ -133,6 +134,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats()
             self._before = torch.cuda.memory_allocated()
         else:
+            gc.collect()  # what is freed inside would hide what is allocated
             reset_process_peak()
             self._before = process_memory("VmRSS") or 0
         return self
