@@ -92,6 +92,17 @@ def test_two_processors_of_one_name_have_folders_of_their_own(monkeypatch):
     assert "-avx-512-" in slug(names[0])
 
 
+@pytest.mark.parametrize(("model", "name"), [("AMD EPYC", "AMD EPYC family 26 model 2 ("), ("Xeon 7", "Xeon 7 (")])
+def test_a_name_without_a_number_is_followed_by_the_generation(tmp_path, monkeypatch, model, name):
+    info = tmp_path / "cpuinfo"
+    info.write_text(
+        f"processor\t: 0\ncpu family\t: 26\nmodel\t\t: 2\nmodel name\t: {model}\n\nprocessor\t: 1\nmodel\t: 3\n"
+    )
+    monkeypatch.setattr(machine, "CPU_INFO", info)
+    monkeypatch.setattr(machine, "backends", lambda: {"cpu": SimpleNamespace(details="avx2, OpenMP")})
+    assert machine.device_name("cpu").startswith(name + "AVX2), ")
+
+
 def test_results_are_no_changes_of_the_code(tmp_path, monkeypatch):
     def git(*words):
         subprocess.run(["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e", *words], check=True)

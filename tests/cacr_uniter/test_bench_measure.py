@@ -63,6 +63,13 @@ def test_float32_may_use_three_tf32_products():
     assert floor(Work(0, 3e10, 0), fast, "float32").ms == pytest.approx(1000)
 
 
+def test_a_cpu_is_held_to_its_multiply_adds_where_a_library_is_slower():
+    fast = CEILINGS | {"multiply-add float32": 2e10}
+    assert floor(Work(0, 3e10, 0), fast, "float32").ms == pytest.approx(1500)
+    assert floor(Work(0, 3e10, 0), fast, "bfloat16").ms == pytest.approx(300)
+    assert floor(Work(0, 3e10, 0), fast | {"multiply-add float32": 5e9}, "float32").ms == pytest.approx(3000)
+
+
 # measuring
 
 

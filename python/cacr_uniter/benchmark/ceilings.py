@@ -1,4 +1,4 @@
-"""The machine's ceilings, measured before anything else: copy bandwidth, matrix products, exponentials."""
+"""The machine's ceilings, measured before anything else: copy bandwidth, products, exponentials."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from cacr_kernels import native
 from cacr_uniter.benchmark.timing import l2_bytes, timer_for
 
 UNITS = {"copy": "B/s", "exp": "1/s"}
-"""Units; a matrix product is in flop/s."""
+"""Units; products are in flop/s."""
 
 _CPU_SIZES = {"copy": 1 << 26, "matmul": 1024, "exp": 1 << 14}
 _CUDA_SIZES = {"copy": 1 << 28, "matmul": 8192, "exp": 1 << 22}
@@ -20,7 +21,8 @@ def measure_ceilings(device: str, seconds: float = 0.5, scale: float = 1.0, cloc
     """Best rates per second of this machine (the 20th percentile of the times).
 
     copy: bytes read plus written by a copy that no cache holds. matmul X: library product of two square matrices in
-    precision X (tf32: a GPU's float32 with ten mantissa bits; a float32 product of full precision costs three of them).
+    precision X (tf32: a GPU's float32 with ten mantissa bits; a float32 product of full precision costs three of
+    them). multiply-add float32: a CPU's, from registers and the L1 cache; a library's product may be far slower.
     exp: ``torch.exp`` of float32 numbers that fit in a cache; on a GPU that Triton can serve exp2 of registers, which
     is what its exp unit can do.
 
@@ -50,6 +52,9 @@ def measure_ceilings(device: str, seconds: float = 0.5, scale: float = 1.0, cloc
             torch.backends.cuda.matmul.allow_tf32 = True
             found["matmul tf32"] = rate(2.0 * n**3, _product(a, b, out))
             torch.backends.cuda.matmul.allow_tf32 = before
+    multiply_adds = native.multiply_add_rate(seconds) if device == "cpu" else None
+    if multiply_adds is not None:
+        found["multiply-add float32"] = 2.0 * multiply_adds
     found["exp"] = _exp_rate(device, sizes["exp"], rate)
     return found
 

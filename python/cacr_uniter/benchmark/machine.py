@@ -18,21 +18,23 @@ from cacr_kernels import backends
 INSTRUCTION_SETS = {"sse2": "SSE2", "avx2": "AVX2", "avx512": "AVX-512", "neon": "NEON"}
 """Of the CPU kernels, as their documentation writes them."""
 
+CPU_INFO = Path("/proc/cpuinfo")
+
 
 def device_name(device: str) -> str:
     """Name of the processor that computes: the GPU's, or the CPU's with instruction set and number of threads.
 
-    A hypervisor may give two generations of processors one name; the instruction set tells them apart.
+    A hypervisor may give several generations of processors one name without a number: family and model follow.
     """
     if device == "cuda":
         return torch.cuda.get_device_name()
     name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                name = line.split(":", 1)[1].strip()
-                break
+    if CPU_INFO.is_file():
+        first = CPU_INFO.read_text(encoding="utf-8").split("\n\n", 1)[0]
+        fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
+        name = fields.get("model name", name)
+        if not re.search(r"\d", name) and {"cpu family", "model"} <= fields.keys():
+            name += f" family {fields['cpu family']} model {fields['model']}"
     found = backends()["cpu"].details.split(",")[0]
     kernels = f" ({INSTRUCTION_SETS.get(found, found)})" if found else ""
     return f"{name}{kernels}, {torch.get_num_threads()} threads"

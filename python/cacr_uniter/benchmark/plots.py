@@ -152,9 +152,8 @@ def _roofline(rows: list[Row], ceilings: dict[str, float]) -> Any:
             points.setdefault(row["contender"], []).append((intensity, rate / 1e12))
         reach = [x for found in points.values() for x, _ in found]
         span = [min(reach) / 4, max(reach) * 4]
-        roofs = [
-            name for name in ceilings if name == f"matmul {dtype}" or (name == "matmul tf32" and dtype == "float32")
-        ]
+        names = {f"matmul {dtype}", f"multiply-add {dtype}"} | ({"matmul tf32"} if dtype == "float32" else set())
+        roofs = [name for name in ceilings if name in names]
         for name in roofs:
             roof = ceilings[name]
             knee = roof / ceilings["copy"]

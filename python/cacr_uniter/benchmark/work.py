@@ -97,8 +97,11 @@ def floor(needed: Work, ceilings: Mapping[str, float], dtype: str) -> Floor:
 
 
 def matmul_rate(ceilings: Mapping[str, float], dtype: str) -> float:
-    """Flops a second at a precision that is good enough for ``dtype``: float32 may use three tf32 products for one."""
-    rates = [ceilings["matmul float32"]]
+    """Flops a second at a precision that is good enough for ``dtype``: float32 may use three tf32 products for one.
+
+    A CPU's float32 rate is that of its multiply-adds, where it is known and the library's products are slower.
+    """
+    rates = [ceilings["matmul float32"], ceilings.get("multiply-add float32", 0.0)]
     if dtype == "float32" and "matmul tf32" in ceilings:
         rates.append(ceilings["matmul tf32"] / 3)
     if dtype != "float32":
