@@ -39,10 +39,9 @@ std::vector<Candidate> candidates() {
 // cost as much as a tenth of the arithmetic. Advice only, errors are of no consequence.
 void advise_huge_pages(void* data, i64 bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-    constexpr std::uintptr_t huge = 2 << 20;
-    const std::uintptr_t start = ((std::uintptr_t)data + huge - 1) / huge * huge;
-    const std::uintptr_t end = ((std::uintptr_t)data + (std::uintptr_t)bytes) / huge * huge;
-    if (end > start) madvise((void*)start, end - start, MADV_HUGEPAGE);
+    constexpr std::uintptr_t page = 4096, huge = 2 << 20;
+    const std::uintptr_t start = (std::uintptr_t)data / page * page, end = (std::uintptr_t)data + (std::uintptr_t)bytes;
+    if (end - start >= huge) madvise((void*)start, end - start, MADV_HUGEPAGE);
 #else
     (void)data, (void)bytes;
 #endif
