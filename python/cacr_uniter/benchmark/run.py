@@ -147,7 +147,7 @@ def _measure_batch(
     for shape, job in batch:
         seconds = least_seconds(job, shape, ceilings)
         if seconds > plan.longest:
-            yield shape, [_skipped(job, f"its products alone take {seconds:.0f} s at the library's rate")]
+            yield shape, [_skipped(job, f"its products alone take {seconds:.0f} s at this machine's rate")]
         else:
             runnable.append((shape, job))
     measured = 0
@@ -192,7 +192,7 @@ def _patience(plan: Plan) -> float:
 
 
 def least_seconds(job: Job, shape: Shape, ceilings: Mapping[str, float]) -> float:
-    """Seconds of one forward and backward at the library's rate, for the algorithm this contender uses."""
+    """Seconds of one forward and backward at the machine's rate, for the algorithm this contender uses."""
     cubic = job.contender in ("eager", "compiled", "compiled-max", "bmm") or job.variant == "scores"
     name = "bmm" if cubic else job.contender
     needed = work(shape, "scores" if cubic else job.variant, job.kind, name, "both", job.dtype)
