@@ -51,13 +51,14 @@ def status() -> dict[str, tuple[bool, str, str]]:
     return {"cpu": cpu, "cuda": (count > 0, reason, details)}
 
 
-def multiply_add_rate(seconds: float = 0.2) -> float | None:
-    """float32 multiply-adds per second of the CPU kernels' register tile from L1, by ``torch.get_num_threads()``
-    threads: the best tenth of ``seconds``. None without the native module."""
+def cpu_rates(seconds: float = 0.4) -> tuple[float, float] | None:
+    """float32 multiply-adds and exponentials per second of the CPU kernels' own code, operands in the L1 cache, by
+    ``torch.get_num_threads()`` threads: the best tenth of ``seconds``. None without the native module."""
     if _native is None:
         return None
     threads = torch.get_num_threads()
-    return float(max(_native.cpu_multiply_add_rate(threads, seconds / 10) for _ in range(10)))
+    products, exps = zip(*(_native.cpu_rates(threads, seconds / 10) for _ in range(10)))
+    return max(products), max(exps)
 
 
 def _tensor(x: Tensor) -> tuple[int, tuple[int, ...]]:

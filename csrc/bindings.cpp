@@ -186,14 +186,15 @@ PYBIND11_MODULE(_native, m) {
         py::arg("dtype"), py::arg("batch"), py::arg("heads"), py::arg("elements"), py::arg("source"), py::arg("target"),
         py::arg("grad_loss"), py::arg("grad_loss_stride"), py::arg("threads"));
     m.def(
-        "cpu_multiply_add_rate",
+        "cpu_rates",
         [](int threads, double seconds, const std::string& instruction_set) {
             const Kernels& kernels = cpu_kernels(instruction_set);
             py::gil_scoped_release release;
-            return cpu_multiply_add_rate(kernels, threads, seconds);
+            return std::make_pair(cpu_rate(kernels.multiply_adds, threads, seconds / 2),
+                                  cpu_rate(kernels.exponentials, threads, seconds / 2));
         },
         py::arg("threads"), py::arg("seconds") = 0.2, py::arg("instruction_set") = "",
-        "Multiply-adds per second of the register tile from L1: the arithmetic roof of the CPU kernels.");
+        "float32 multiply-adds and exponentials per second from L1: the arithmetic roofs of the CPU kernels.");
 
 #if defined(CACR_WITH_CUDA)
     m.def("forward_workspace_cuda", &cacr_forward_workspace_cuda, py::arg("problem"), "Bytes of workspace per (b, h).");

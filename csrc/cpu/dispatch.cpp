@@ -160,7 +160,7 @@ void cacr_scale_cpu(const Scaling& scaling) {
         scale<float>(scaling);
 }
 
-double cpu_multiply_add_rate(const Kernels& kernels, int threads, double seconds) {
+double cpu_rate(double (*work)(i64 rounds, float* sink), int threads, double seconds) {
     double total = 0;
 #pragma omp parallel num_threads(threads) if (threads > 1) reduction(+ : total)
     {
@@ -168,7 +168,7 @@ double cpu_multiply_add_rate(const Kernels& kernels, int threads, double seconds
         double done = 0, elapsed = 0;
         const auto start = std::chrono::steady_clock::now();
         while (elapsed < seconds) {
-            done += kernels.multiply_adds(1000, &sink);
+            done += work(1000, &sink);
             elapsed = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
         }
         total = done / elapsed;

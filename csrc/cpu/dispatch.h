@@ -35,7 +35,7 @@ struct Scaling {
 };
 void cacr_scale_cpu(const Scaling& scaling);
 
-// Multiply-adds per second of the register tile on `threads` threads, from L1: the arithmetic roof of these kernels.
-double cpu_multiply_add_rate(const Kernels& kernels, int threads, double seconds);
+// What `threads` threads do of a kernel's multiply_adds or exponentials in a second: the arithmetic roofs of these kernels.
+double cpu_rate(double (*work)(i64 rounds, float* sink), int threads, double seconds);
 
 }  // namespace cacr

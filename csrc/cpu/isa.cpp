@@ -53,10 +53,23 @@ static double multiply_adds(i64 rounds, float* sink) {
     return (double)rounds * rows * width * depth;
 }
 
+static double exponentials(i64 rounds, float* sink) {
+    constexpr int count = 64 * kLanes<float>;
+    alignas(64) float in[count], out[count];
+    for (int i = 0; i < count; ++i) in[i] = -1e-2f * (float)i;
+    for (i64 r = 0; r < rounds; ++r) {
+        for (int i = 0; i < count; i += kLanes<float>) store(out + i, exp_nonpositive(load(in + i)));
+        asm volatile("" : : "r"(out), "r"(in) : "memory");
+    }
+    *sink = out[0];
+    return (double)rounds * count;
+}
+
 }  // namespace CACR_ISA
 
 extern const Kernels CACR_TABLE;
 const Kernels CACR_TABLE = {CACR_STRING(CACR_ISA), CACR_ISA::scores_scratch, CACR_ISA::scores,
-                            CACR_ISA::qk_scratch,       CACR_ISA::qk,            CACR_ISA::multiply_adds};
+                            CACR_ISA::qk_scratch,       CACR_ISA::qk,            CACR_ISA::multiply_adds,
+                            CACR_ISA::exponentials};
 
 }  // namespace cacr

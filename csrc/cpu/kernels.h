@@ -16,8 +16,10 @@ struct Kernels {
     // The same for q and k; one call works on a key head and all its query heads, index = b * key_heads + key head.
     i64 (*qk_scratch)(const QkProblem&);
     void (*qk)(const QkProblem&, i64 index, i64 next, char* scratch);
-    // All multiply-adds of `rounds` register tiles held in L1, for measuring this machine's rate; returns their number.
+    // For measuring this machine's rates in L1: all multiply-adds of `rounds` register tiles, and `rounds` times the exponentials of
+    // some numbers. They return how many there were.
     double (*multiply_adds)(i64 rounds, float* sink);
+    double (*exponentials)(i64 rounds, float* sink);
 };
 
 extern const Kernels kBaseKernels;  // SSE2, NEON or whatever the compiler makes of 16-byte vectors

@@ -31,7 +31,7 @@ def test_work_of_the_score_variant_counts_its_products_and_bytes():
     assert both.flops == 12 * 60 * 100 * 160 * 1536
     assert both.bytes == 3 * 160 * 160 * 4 * 1536
     forward = work(shape, "scores", "scores", "cpu", "forward", "float32")
-    assert forward.exps == 2 * (60**2 + 100**2) * 1536
+    assert forward.exps == both.exps == 2 * (60**2 + 100**2) * 1536
 
 
 def test_work_from_q_and_k_grows_with_the_square_of_the_length():

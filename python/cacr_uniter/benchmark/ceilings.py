@@ -23,8 +23,8 @@ def measure_ceilings(device: str, seconds: float = 0.5, scale: float = 1.0, cloc
     copy: bytes read plus written by a copy that no cache holds. matmul X: library product of two square matrices in
     precision X (tf32: a GPU's float32 with ten mantissa bits; a float32 product of full precision costs three of
     them). multiply-add float32: a CPU's, from registers and the L1 cache; a library's product may be far slower.
-    exp: ``torch.exp`` of float32 numbers that fit in a cache; on a GPU that Triton can serve exp2 of registers, which
-    is what its exp unit can do.
+    exp: ``torch.exp`` of float32 numbers that fit in a cache, or the CPU kernels' own where it is faster; on a GPU that
+    Triton can serve exp2 of registers, which is what its exp unit can do.
 
     Args:
         seconds: spent on each.
@@ -52,10 +52,11 @@ def measure_ceilings(device: str, seconds: float = 0.5, scale: float = 1.0, cloc
             torch.backends.cuda.matmul.allow_tf32 = True
             found["matmul tf32"] = rate(2.0 * n**3, _product(a, b, out))
             torch.backends.cuda.matmul.allow_tf32 = before
-    multiply_adds = native.multiply_add_rate(seconds) if device == "cpu" else None
-    if multiply_adds is not None:
-        found["multiply-add float32"] = 2.0 * multiply_adds
     found["exp"] = _exp_rate(device, sizes["exp"], rate)
+    own = native.cpu_rates(2 * seconds) if device == "cpu" else None
+    if own is not None:
+        found["multiply-add float32"] = 2.0 * own[0]
+        found["exp"] = max(found["exp"], own[1])
     return found
 
 

@@ -3,7 +3,7 @@
 Counts per problem with T text tokens, R regions, head width D (n_a, n_b: sizes of a side and of the other):
 
     scores, forward   4 T R (T + R) flops, 2 (T^2 + R^2) exps, S read once
-    scores, backward  8 T R (T + R) flops, 2 (T^2 + R^2) exps, S read and dS written
+    scores, backward  8 T R (T + R) flops, S read and dS written (U, X and the exponentials may be kept)
     q/k, forward      4 n_a^2 D flops and 2 n_a^2 exps a side, q and k read
     q/k, backward     12 n_a^2 D flops and 2 n_a^2 exps a side (X and Y are recomputed), q, k read and dq, dk written
 
@@ -77,7 +77,7 @@ def work(shape: Shape, variant: str, kind: str, contender: str, direction: str, 
         return Work(p * matrix * passes, p * chain, 0.0)
     exps = 2.0 * square + (2.0 * t * r if kind == "softmax" else 0.0)
     if variant == "scores":
-        return Work(p * matrix * passes, p * chain, p * exps)
+        return Work(p * matrix * passes, p * chain, p * exps * forward)
     if kind == "softmax":
         flops = chain + 2.0 * n * n * d * (1 if forward else 3)
     else:
