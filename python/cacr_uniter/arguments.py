@@ -13,6 +13,14 @@ from cacr_uniter.errors import UserError
 _UNKNOWN = "unrecognized arguments: "
 
 
+class DefaultsInHelp(argparse.ArgumentDefaultsHelpFormatter):
+    """Appends an option's default to its help, unless there is none or the help says it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        said = action.default in (None, False) or "default:" in (action.help or "")
+        return action.help if said else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """``argparse`` without guessing: options are written out, and a mistake is a ``UserError``."""
 

@@ -7,7 +7,7 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cacr_uniter.arguments import Parser, positive
+from cacr_uniter.arguments import DefaultsInHelp, Parser, positive
 from cacr_uniter.commands.progress import bars
 from cacr_uniter.errors import UserError
 
@@ -54,13 +54,15 @@ def pick_device(wanted: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _parser(name: str, description: str) -> Parser:
+def _parser(
+    name: str, description: str, out: str = "folder of the results (default: benchmarks/results/<machine>)"
+) -> Parser:
     parser = Parser(
         prog=f"cacr bench {name}".strip(),
         description=description,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=DefaultsInHelp,
     )
-    parser.add_argument("--out", type=Path, help="folder of the results (default: benchmarks/results/<machine>)")
+    parser.add_argument("--out", type=Path, help=out)
     return parser
 
 
@@ -175,7 +177,7 @@ def _training(argv: list[str]) -> int:
 def _numerics(argv: list[str]) -> int:
     from cacr_uniter.benchmark.numerics import main as numerics
 
-    return numerics(argv, _parser("numerics", PARTS["numerics"]))
+    return numerics(argv, _parser("numerics", PARTS["numerics"], "the Markdown file whose tables are replaced"))
 
 
 def _tune(argv: list[str]) -> int:

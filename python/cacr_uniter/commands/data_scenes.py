@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from pathlib import Path
 from typing import Any
 
-from cacr_uniter.arguments import Parser, positive
+from cacr_uniter.arguments import DefaultsInHelp, Parser, positive
 from cacr_uniter.commands.progress import bars
 from cacr_uniter.data.scenes.relations import RELATIONS
 from cacr_uniter.data.scenes.settings import SceneSettings
@@ -38,7 +37,7 @@ def _parser() -> Parser:
         prog="cacr data scenes",
         description="Draw pictures with known truth; write pictures, captions, region features and a Winoground-like "
         "test set in the published database formats. The same options give the same content.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=DefaultsInHelp,
     )
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder to make; must not exist")
