@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import (
+    as_number,
     as_problems,
     check_choice,
     check_float_tensor,
@@ -185,8 +187,8 @@ def fused_cacr_qk(
             "kind must be 'scores' or 'softmax' for fused_cacr_qk; 'probs' takes attention probabilities: use "
             "fused_cacr(block_softmax(...), kind='probs')"
         )
-    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, int | float)):
-        raise TypeError(f"scale must be a number or None (1 / sqrt(D)); got {type(scale).__name__}")
+    if d < 1:
+        raise ValueError(f"q must have shape [B, H, N, D] with D >= 1; got {tuple(q.shape)}")
     spans = parse_spans(
         n_text,
         n_vision,
@@ -201,7 +203,7 @@ def fused_cacr_qk(
         joint=True,
     )
     options = parse_options(kind, sides, projection_scale, stop_gradient, row_reduction)
-    factor = d**-0.5 if scale is None else float(scale)
+    factor = d**-0.5 if scale is None else as_number("scale", scale, "a number or None (1 / sqrt(D))")
     return _run("qk", [q, k], spans, options, reduction, backend, 2, factor)
 
 
@@ -227,7 +229,8 @@ def _run(
             options = replace(options, expected_grad=1 / max(x.shape[0] * x.shape[1], 1))
         loss = congruence(variant, inputs, spans, options, chosen, scale)
     else:
-        with torch.autocast(x.device.type, enabled=False):
+        autocast = torch.amp.is_autocast_available(x.device.type)
+        with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
             if variant == "qk":
                 loss = qk_reference(inputs, spans, options, scale)
             else:

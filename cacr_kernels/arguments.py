@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import math
+import numbers
 from typing import Any, get_args
 
 import torch
 from torch import SymInt, Tensor
 
 from .problem import Kind, Options, Sides, Spans, StopGradient
+
+FLOAT64_MAX = torch.finfo(torch.float64).max
+FAR = 1 << 29
+"""Where positions of span tensors are cut off: beyond every limit, and two of them still fit in int32."""
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -30,17 +34,26 @@ def parse_options(
     mean = isinstance(projection_scale, str)
     if mean and projection_scale != "mean":
         raise ValueError(f"projection_scale must be a number or 'mean' (1 / n_b^2); got {projection_scale!r}")
-    if not mean and (isinstance(projection_scale, bool) or not isinstance(projection_scale, int | float)):
-        raise TypeError(f"projection_scale must be a number or 'mean'; got {type(projection_scale).__name__}")
-    scale = 1.0 if mean else float(projection_scale)
-    if not -math.inf < scale < math.inf:
-        raise ValueError(f"projection_scale must be finite; got {scale}")
+    scale = 1.0 if mean else as_number("projection_scale", projection_scale, "a number or 'mean'")
     return Options(kind, sides, scale, mean, row_reduction == "mean", stop)  # type: ignore[arg-type]
+
+
+def as_number(name: str, value: Any, expected: str) -> float:
+    """A finite real number (Python's or NumPy's) as a float."""
+    if isinstance(value, bool) or not isinstance(value, int | float | numbers.Real):
+        raise TypeError(f"{name} must be {expected}; got {type(value).__name__}")
+    number = value if isinstance(value, int) else float(value)
+    if not -FLOAT64_MAX <= number <= FLOAT64_MAX:
+        raise ValueError(f"{name} must be finite; got {str(value)[:40]}")
+    return float(number)
 
 
 def check_float_tensor(name: str, value: Any, dims: tuple[int, ...], shape: str) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor {shape}; got {type(value).__name__}")
+    if value.layout != torch.strided or value.is_nested:
+        kind = "a nested tensor" if value.is_nested else f"layout {value.layout}"
+        raise TypeError(f"{name} must be a dense torch.Tensor; got {kind}")
     if value.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64; got {value.dtype}")
     if value.dim() not in dims:
@@ -55,8 +68,8 @@ def as_problems(name: str, value: Tensor) -> Tensor:
     return value[:, None] if value.dim() == 3 else value
 
 
-def _check_span(name: str, value: Any, batch: int, device: torch.device) -> bool:
-    """Whether a span argument is a tensor; raises unless it is an int or an int tensor [B] on ``device``."""
+def _span(name: str, value: Any, batch: int, device: torch.device) -> int | Tensor:
+    """A span argument, an int or an integer tensor [B] on ``device``, as an int or a tensor of int32 or int64."""
     if isinstance(value, Tensor):
         if value.dtype not in (torch.int32, torch.int64, torch.int16, torch.uint8, torch.int8):
             raise TypeError(f"{name} must be an int or an integer tensor [B]; got a tensor of {value.dtype}")
@@ -64,10 +77,12 @@ def _check_span(name: str, value: Any, batch: int, device: torch.device) -> bool
             raise ValueError(f"{name} must be an int or have shape [B] = [{batch}]; got {tuple(value.shape)}")
         if value.device != device:
             raise ValueError(f"{name} must lie on the input's device {device}; got {value.device} (use {name}.to(...))")
-        return True
-    if isinstance(value, bool) or not isinstance(value, int | SymInt):
-        raise TypeError(f"{name} must be an int or an integer tensor [B]; got {type(value).__name__}")
-    return False
+        return value if value.dtype == torch.int64 else value.to(torch.int32)
+    if isinstance(value, int | SymInt) and not isinstance(value, bool):
+        return value  # type: ignore[return-value]
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return int(value)
+    raise TypeError(f"{name} must be an int or an integer tensor [B]; got {type(value).__name__}")
 
 
 def _check_range(name: str, value: int, limit: int, what: str) -> None:
@@ -90,31 +105,31 @@ def parse_spans(
     joint: bool,
 ) -> Spans:
     """``joint``: text and vision lie along one sequence of ``limit_text`` = ``limit_vision`` = N positions."""
-    tensors = [_check_span("n_text", n_text, batch, device), _check_span("text_start", text_start, batch, device)]
+    n_text, text_start = _span("n_text", n_text, batch, device), _span("text_start", text_start, batch, device)
     if vision_start is None:
         vision_start = text_start + n_text if joint else 0
     if n_vision is None:
-        if any(tensors) or isinstance(vision_start, Tensor):
+        if any(isinstance(s, Tensor) for s in (n_text, text_start, vision_start)):
             raise ValueError(
                 "n_vision must be given (an int or a tensor [B]) when n_text, text_start or vision_start is a tensor; "
                 "n_vision=None means 'the rest of the sequence' and needs ints"
             )
         n_vision = limit_vision - vision_start
-    tensors += [
-        _check_span("vision_start", vision_start, batch, device),
-        _check_span("n_vision", n_vision, batch, device),
-    ]
+    vision_start = _span("vision_start", vision_start, batch, device)
+    n_vision = _span("n_vision", n_vision, batch, device)
     for name, value, limit in (("max_n_text", max_n_text, limit_text), ("max_n_vision", max_n_vision, limit_vision)):
         if value is not None:
             if isinstance(value, bool) or not isinstance(value, int | SymInt):
                 raise TypeError(f"{name} must be an int or None; got {type(value).__name__}")
             _check_range(name, value, limit, "the size of the sequence")
     spans = (text_start, n_text, vision_start, n_vision)
-    if not any(tensors):
+    if not any(isinstance(s, Tensor) for s in spans):
         return _int_spans(spans, max_n_text, max_n_vision, limit_text, limit_vision, joint)  # type: ignore[arg-type]
-    table = torch.stack(
-        [s.to(torch.int32) if isinstance(s, Tensor) else _filled(s, batch, device) for s in spans], dim=1
-    )
+    limits = (limit_text, limit_text, limit_vision, limit_vision)
+    for name, span, limit in zip(("text_start", "n_text", "vision_start", "n_vision"), spans, limits):
+        if not isinstance(span, Tensor):
+            _check_range(name, span, limit, "the size of the sequence")
+    table = torch.stack([_column(s, batch, device) for s in spans], dim=1)
     bounded = Spans(
         0,
         _bound(n_text, max_n_text, limit_text),
@@ -127,8 +142,10 @@ def parse_spans(
     return bounded
 
 
-def _filled(value: int, batch: int, device: torch.device) -> Tensor:
-    return torch.full((batch,), value, dtype=torch.int32, device=device)
+def _column(value: int | Tensor, batch: int, device: torch.device) -> Tensor:
+    if not isinstance(value, Tensor):
+        return torch.full((batch,), value, dtype=torch.int32, device=device)
+    return value if value.dtype == torch.int32 else value.clamp(-1, FAR).to(torch.int32)
 
 
 def _bound(value: int | Tensor, maximum: int | None, limit: int) -> int:

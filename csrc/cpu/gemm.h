@@ -225,7 +225,7 @@ static void multiply(i64 m, i64 n, i64 depth, Left<T> left, const T* b, i64 ldb,
     const i64 vectors = quads ? n / kLanes<T> : padded<T>(n) / kLanes<T>;
     const i64 panels = (vectors + kMaxVectors - 1) / kMaxVectors;
     const bool packed = m > 4 * rows_for(kMaxVectors) && depth * ldb * (i64)sizeof(T) > kPackBytes;
-    const i64 step = packed ? kDepth : depth;
+    const i64 step = packed ? kDepth : depth + 1;  // depth 0: once, C = 0
     for (i64 start = 0; start < depth || start == 0; start += step) {
         const i64 part = depth - start < step ? depth - start : step;
         const Left<T> factor = {left.data + start * left.column, left.row, left.column};

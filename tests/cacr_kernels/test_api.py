@@ -1,8 +1,10 @@
 """The contract of the public functions: shapes, options, spans, errors, on every backend."""
 
+import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -180,6 +182,25 @@ def attn(*shape, **options):
             ValueError,
             r"spans of example 1 are not valid: text \[0, 4\), vision \[4, 5\)",
         ),
+        (
+            lambda: fused_cacr(attn(2, 4, 4), torch.tensor([2, 2**32 + 2]), n_vision=1, vision_start=2),
+            ValueError,
+            r"spans of example 1 are not valid: text \[0, 536870912\)",
+        ),
+        (
+            lambda: fused_cacr(attn(2, 4, 4), torch.tensor([2, 2]), n_vision=2**40, vision_start=2),
+            ValueError,
+            "n_vision must lie between 0 and 4",
+        ),
+        (lambda: fused_cacr(attn(4, 4).to_sparse(), 2), TypeError, "attn must be a dense torch.Tensor; got layout"),
+        (
+            lambda: fused_cacr(torch.nested.nested_tensor([attn(4, 4), attn(5, 5)]), 2),
+            TypeError,
+            "attn must be a dense torch.Tensor; got a nested tensor",
+        ),
+        (lambda: fused_cacr(attn(4, 4), 2, projection_scale=10**400), ValueError, "projection_scale must be finite"),
+        (lambda: fused_cacr_qk(attn(1, 2, 4, 8), attn(1, 2, 4, 8), 2, scale=math.inf), ValueError, "scale must be fin"),
+        (lambda: fused_cacr_qk(attn(1, 2, 4, 0), attn(1, 2, 4, 0), 2, scale=1), ValueError, "with D >= 1"),
         (lambda: fused_cacr_qk(attn(1, 2, 4, 8), attn(1, 3, 4, 8), 2), ValueError, "Hk dividing H = 2"),
         (lambda: fused_cacr_qk(attn(2, 4, 8), attn(2, 4, 8), 2), ValueError, "q must have shape"),
         (lambda: fused_cacr_qk(attn(1, 2, 4, 8), attn(1, 2, 4, 8).half(), 2), ValueError, "k must share dtype"),
@@ -191,6 +212,21 @@ def attn(*shape, **options):
 def test_bad_arguments_are_named(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_numbers_of_numpy_are_numbers():
+    x = attn(1, 2, 6, 6)
+    expected = fused_cacr(x, 2, vision_start=3, projection_scale=0.5)
+    found = fused_cacr(x, np.int32(2), vision_start=np.int64(3), projection_scale=np.float32(0.5))
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
+def test_spans_of_any_integer_dtype_add_up(dtype):
+    x = attn(1, 1, 240, 240)
+    start, length = (torch.tensor([value], dtype=dtype) for value in (100, 100))  # the sum is beyond int8
+    found = fused_cacr(x, length, text_start=start, n_vision=20)
+    assert torch.equal(found, fused_cacr(x, 100, text_start=100, n_vision=20))
 
 
 def test_explicit_backend_never_falls_back():
