@@ -73,7 +73,8 @@ def fused_cacr(
     Returns:
         float32 (float64 for float64 input): a scalar, or for "none" the leading shape of ``attn``. An example with an
         empty span contributes 0 and counts in the mean; an empty batch gives 0. On a GPU, span tensors that leave the
-        sequence, exceed the bounds or overlap make that example (loss and gradient) NaN; on the CPU they raise.
+        sequence, exceed the bounds or overlap make that example (loss and gradient) NaN; on the CPU they raise, but in
+        a compiled or exported graph.
 
     Gradients flow into ``attn`` once (double backward raises); they are exactly 0 outside the spans. Softmax, KL and
     sums run in float32 whatever the input, results are bit for bit reproducible, and autocast changes nothing: the

@@ -119,7 +119,7 @@ def parse_spans(
     n_vision = _span("n_vision", n_vision, batch, device)
     for name, value, limit in (("max_n_text", max_n_text, limit_text), ("max_n_vision", max_n_vision, limit_vision)):
         if value is not None:
-            if isinstance(value, bool) or not isinstance(value, int | SymInt):
+            if isinstance(value, bool) or not isinstance(value, int | SymInt | numbers.Integral):
                 raise TypeError(f"{name} must be an int or None; got {type(value).__name__}")
             _check_range(name, value, limit, "the size of the sequence")
     spans = (text_start, n_text, vision_start, n_vision)

@@ -92,6 +92,7 @@ def iais_loss(
         Gradients flow into every block used except through the argmax.
     """
     check_choice("mode", mode, ("singular", "distributed"))
+    check_choice("heads", heads, ("each", "mean"))
     options = parse_options("probs", sides, 1.0, None, "mean")
     parse_reduction(reduction)
     inputs, spans, _ = parse_attention(attn, n_text, n_vision, text_start, vision_start, max_n_text, max_n_vision)

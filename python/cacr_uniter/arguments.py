@@ -17,7 +17,7 @@ class DefaultsInHelp(argparse.ArgumentDefaultsHelpFormatter):
     """Appends an option's default to its help, unless there is none or the help says it."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        said = action.default in (None, False) or "default:" in (action.help or "")
+        said = action.default is None or action.default is False or "default:" in (action.help or "")
         return action.help if said else super()._get_help_string(action)
 
 

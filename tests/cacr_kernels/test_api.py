@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cacr_kernels import CACRLoss, backends, block_softmax, fused_cacr, fused_cacr_blocks, fused_cacr_qk
-from cacr_kernels.reference import cacr_closed_form, cacr_loop
+from cacr_kernels.reference import cacr_closed_form, cacr_loop, iais_loss
 from cacr_kernels.testing import loss_and_gradients, make_input, make_scores, relative_error
 
 KINDS = ("scores", "softmax", "probs")
@@ -219,6 +219,11 @@ def test_numbers_of_numpy_are_numbers():
     expected = fused_cacr(x, 2, vision_start=3, projection_scale=0.5)
     found = fused_cacr(x, np.int32(2), vision_start=np.int64(3), projection_scale=np.float32(0.5))
     assert torch.equal(found, expected)
+
+
+def test_iais_takes_no_unknown_heads():
+    with pytest.raises(ValueError, match="heads must be one of 'each', 'mean'; got 'all'"):
+        iais_loss(attn(1, 2, 6, 6), 2, heads="all")
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])

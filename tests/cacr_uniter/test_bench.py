@@ -92,6 +92,15 @@ def test_two_processors_of_one_name_have_folders_of_their_own(monkeypatch):
     assert "-avx-512-" in slug(names[0])
 
 
+def test_a_line_that_was_cut_is_dropped_before_more_are_appended(tmp_path):
+    row = {"device": "NVIDIA A", "what": "copy", "value": 1.5}
+    results.append(tmp_path, "ceilings", [row, row])
+    path = tmp_path / "ceilings.csv"
+    path.write_bytes(path.read_bytes()[:-4])
+    results.append(tmp_path, "ceilings", [row | {"what": "exp"}])
+    assert [found["what"] for found in results.read(tmp_path, "ceilings")] == ["copy", "exp"]
+
+
 @pytest.mark.parametrize(("model", "name"), [("AMD EPYC", "AMD EPYC family 26 model 2 ("), ("Xeon 7", "Xeon 7 (")])
 def test_a_name_without_a_number_is_followed_by_the_generation(tmp_path, monkeypatch, model, name):
     info = tmp_path / "cpuinfo"

@@ -53,6 +53,7 @@ try:
     small_run(small_config(**fields))
 except UserError as error:
     Path(fields["out"] + ".error").write_text(str(error))
+    os._exit(0)  # torch's own threads now and then abort a process that ends while the other one does
 """
 
 

@@ -27,6 +27,28 @@ from cacr_uniter.training.testing import (
 )
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("data: {class_path: planted.Code}", "has no place for data.class_path"),
+        ("data: part.yaml", "section data must hold fields, got 'part.yaml'"),
+        ("optim: {lr: {class_path: planted.Code}}", "optim.lr must be one value or a list, got a mapping"),
+        ("[" * 3000, "is not YAML"),
+    ],
+)
+def test_a_configuration_file_imports_nothing(tmp_path, monkeypatch, content, message):
+    (tmp_path / "planted.py").write_text("from pathlib import Path\nPath('ran').touch()\nclass Code: pass\n")
+    (tmp_path / "part.yaml").write_text("class_path: planted.Code")
+    (tmp_path / "config.yaml").write_text(content)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=message):
+        load_config(arguments=["--config", "config.yaml"])
+    with pytest.raises(UserError, match="--data is a section"):
+        load_config(arguments=["--data", "part.yaml"])
+    assert not (tmp_path / "ran").exists()
+
+
 @pytest.fixture(scope="module")
 def databases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_databases(tmp_path_factory.mktemp("data"))

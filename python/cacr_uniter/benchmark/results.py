@@ -69,6 +69,7 @@ def append(folder: Path, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
     fresh = not path.is_file() or path.stat().st_size == 0
     if not fresh:
         _check_header(path, name)
+        _drop_torn_line(path)
     with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         if fresh:
@@ -78,6 +79,14 @@ def append(folder: Path, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
             if unknown:
                 raise UserError(f"{path}: a row has unknown columns {', '.join(unknown)}")
             writer.writerow({column: _text(row.get(column)) for column in columns})
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Cuts off the end of a file that an interrupted write left without a newline."""
+    with path.open("rb+") as file:
+        content = file.read()
+        if not content.endswith(b"\n"):
+            file.truncate(content.rfind(b"\n") + 1)
 
 
 def read(folder: Path, name: str) -> list[Row]:

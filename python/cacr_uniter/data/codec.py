@@ -9,8 +9,10 @@ numbers.
 from __future__ import annotations
 
 import io
+import lzma
 import math
 import re
+import tokenize
 import zipfile
 import zlib
 from pathlib import Path
@@ -23,7 +25,17 @@ from numpy.lib import format as npy
 
 NUMERIC_TYPE = re.compile(r"[<>|=]?[fiub]\d{1,2}")
 TEXT_LIMIT = 1 << 26
-NPZ_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, OSError, KeyError, RuntimeError)
+NPZ_ERRORS = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    tokenize.TokenError,
+    EOFError,
+    OSError,
+    OverflowError,
+    KeyError,
+    RuntimeError,
+)
 
 
 def numeric_dtype(name: Any) -> np.dtype:
@@ -111,6 +123,8 @@ def _npy_dtype(stream: IO[bytes], size: int) -> np.dtype:
         raise ValueError(f"npy version {version} is not supported")
     read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
     shape, _, dtype = read(stream)
+    if not dtype.hasobject:
+        numeric_dtype(dtype.str)
     if not dtype.hasobject and math.prod(shape) * dtype.itemsize > size:
         raise ValueError(f"damaged npz archive (an array of {list(shape)} {dtype} in {size} bytes)")
     return dtype

@@ -186,6 +186,10 @@ class ImageDB:
                 f"image database {self.folder}: features of {name!r} are not finite numbers; copy or create it again"
             )
         box = _tensor(arrays["norm_bb"][:used]).float()
+        if not torch.isfinite(box).all():
+            raise UserError(
+                f"image database {self.folder}: boxes of {name!r} are not finite numbers; copy or create it again"
+            )
         regions = Regions(features, torch.cat([box, box[:, 4:5] * box[:, 5:6]], dim=1))
         size = sum(tensor.numel() * tensor.element_size() for tensor in regions)
         if size <= self._cache_free:

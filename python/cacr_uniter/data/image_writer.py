@@ -124,10 +124,10 @@ class ImageDBWriter:
     def close(self) -> None:
         """Writes the names and the counts, and gives the folder its name."""
         self._log.close()
-        self._log_path.unlink()
         self._writer.put(KEYS_RECORD, json.dumps(list(self.counts)).encode("utf-8"))
         if self.rule.counts_file is not None:
             write_json(self.root / self.rule.counts_file, self.counts)
+        self._log_path.unlink()
         self._writer.finish()
 
     def __enter__(self) -> ImageDBWriter:

@@ -46,7 +46,7 @@ def read_json(path: Path, what: str) -> Any:
         raise UserError(f"{what}: {path} is missing; is this a whole database folder?") from error
     except OSError as error:
         raise UserError(f"{what}: {path} cannot be read ({error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{what}: {path} is not valid JSON ({error}); copy or create the database again") from error
 
 

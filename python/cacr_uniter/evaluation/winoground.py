@@ -12,8 +12,8 @@ All inequalities are strict: a tie is wrong. A score is the mean over the exampl
 from __future__ import annotations
 
 import json
-import math
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,14 +107,16 @@ def _score_line(path: Path, number: int, line: str) -> tuple[str, float]:
     try:
         entry = json.loads(line)
         label, score = entry["label"], entry["score"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f'score file {path}, line {number}: expected {{"label": "<id>_c<k>_i<j>", "score": x}}, got {line[:60]!r}'
         ) from error
     if not isinstance(label, str) or isinstance(score, bool) or not isinstance(score, int | float):
         raise UserError(f"score file {path}, line {number}: label must be text and score a number, got {line[:60]!r}")
-    if not math.isfinite(score):
-        raise UserError(f"score file {path}, line {number}: score of {label!r} is {score}, not a finite number")
+    if not -sys.float_info.max <= score <= sys.float_info.max:
+        raise UserError(
+            f"score file {path}, line {number}: score of {label!r} is {str(score)[:20]}, not a finite number"
+        )
     return label, float(score)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pickle
+import struct
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -68,6 +69,22 @@ class LoadReport:
         return "\n".join([*lines, *self.notes])
 
 
+#: what torch.load raises of files that are cut or changed
+DAMAGE = (
+    RuntimeError,
+    EOFError,
+    ValueError,
+    KeyError,
+    IndexError,
+    OSError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    struct.error,
+    zipfile.BadZipFile,
+)
+
+
 def _unpickled(path: Path) -> Any:
     with path.open("rb") as stream:
         start = stream.read(40)
@@ -83,7 +100,7 @@ def _unpickled(path: Path) -> Any:
             f"checkpoint {path}: not plain weights (damaged, or it holds pickled Python objects, which are never run); "
             "save its state dict alone, or as .safetensors, with the program that made it"
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, OSError, zipfile.BadZipFile) as error:
+    except DAMAGE as error:
         raise UserError(f"checkpoint {path}: truncated or damaged ({_first_line(error)}); copy it again") from error
 
 

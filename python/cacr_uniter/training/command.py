@@ -101,7 +101,10 @@ def _expand_presets(argv: Sequence[str]) -> list[str]:
 def _expand_files(words: Sequence[str]) -> list[str]:
     """``--config FILE`` with those that the file extends before it, every one of them checked."""
     expanded: list[str] = []
+    sections = {f"--{section}" for section in get_type_hints(TrainConfig)}
     for before, word in pairwise(["", *words]):
+        if word.split("=")[0] in sections:  # jsonargparse would read a file, and import the classes that it names
+            raise UserError(f"{word.split('=')[0]} is a section: name its fields one by one, or take --config FILE")
         if before == "--config":
             expanded[-1:] = _with_extended(word, ())
         elif word.startswith("--config="):
@@ -143,15 +146,28 @@ def _own_fields(name: str) -> str:
 
 
 def _read_file(name: str) -> dict[str, Any]:
-    """A configuration file; refuses one that is no YAML mapping, by its name."""
+    """A configuration file; refuses one that is no YAML mapping of sections, by its name.
+
+    jsonargparse would import what a key ``class_path`` names and read a file in the place of a section.
+    """
     try:
         value = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"--config {name} cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"--config {name} is not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(value, dict):
         raise UserError(f"--config {name}: expected fields of cacr train, got {type(value).__name__}")
+    for section in value.keys() & get_type_hints(TrainConfig).keys():
+        content = value[section]
+        if not isinstance(content, dict):
+            raise UserError(f"--config {name}: section {section} must hold fields, got {str(content)[:60]!r}")
+        unknown = [key for key in content if f"{section}.{key}" not in fields()]
+        if unknown:
+            raise UserError(complaint("cacr train", f"unrecognized arguments: {section}.{unknown[0]}", fields()))
+        nested = [key for key, inner in content.items() if isinstance(inner, dict)]
+        if nested:
+            raise UserError(f"--config {name}: {section}.{nested[0]} must be one value or a list, got a mapping")
     return value
 
 

@@ -115,7 +115,7 @@ def _probe(source: Source) -> bool:
     for item in itertools.islice(source, PROBE):
         try:
             records.append(item.load())
-        except ValueError:
+        except (ValueError, KeyError, TypeError):  # the import itself reports it
             continue
     return sizes_are_swapped(records)
 
@@ -240,7 +240,6 @@ def import_features(
             raise UserError(
                 f"features {path}: no image could be imported; {'; '.join(run.skipped[:1]) or 'it is empty'}"
             )
-        (writer.partial / SOURCE_NOTE).unlink()
         counts = np.array(list(writer.counts.values()))
         report = ImportReport(
             folder=str(writer.folder),
@@ -253,6 +252,7 @@ def import_features(
             source=facts,
         )
         write_json(target / f"{writer.folder.name}_import.json", dataclasses.asdict(report))
+        (writer.partial / SOURCE_NOTE).unlink()
     return report
 
 

@@ -96,8 +96,15 @@ def _build(item: Any, state: Any) -> None:
         raise ValueError("the pickle sets the state of an object: refused, only plain data is read")
 
 
-def _finished(value: Any) -> Any:
-    """Replaces the half-made arrays in a finished structure."""
+def _finished(value: Any, done: dict[int, Any] | None = None) -> Any:
+    """Replaces the half-made arrays in a finished structure. ``done``: parts that were met, each once."""
+    done = {} if done is None else done
+    if id(value) not in done:
+        done[id(value)] = _replaced(value, done)
+    return done[id(value)]
+
+
+def _replaced(value: Any, done: dict[int, Any]) -> Any:
     if isinstance(value, _Array):
         if value.value is None:
             raise ValueError("the pickle holds an array without content")
@@ -105,9 +112,9 @@ def _finished(value: Any) -> Any:
     if isinstance(value, (_Name, _Type)):
         raise ValueError("the pickle holds a class or function: refused, only plain data is read")
     if isinstance(value, dict):
-        return {_finished(key): _finished(item) for key, item in value.items()}
+        return {_finished(key, done): _finished(item, done) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_finished(item) for item in value)
+        return type(value)(_finished(item, done) for item in value)
     return value
 
 
