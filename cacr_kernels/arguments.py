@@ -68,6 +68,15 @@ def as_problems(name: str, value: Tensor) -> Tensor:
     return value[:, None] if value.dim() == 3 else value
 
 
+def _whole_number(name: str, value: Any, expected: str) -> int:
+    """A whole number of Python, NumPy or a graph that is being traced."""
+    if isinstance(value, int | SymInt) and not isinstance(value, bool):
+        return value  # type: ignore[return-value]
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return int(value)
+    raise TypeError(f"{name} must be {expected}; got {type(value).__name__}")
+
+
 def _span(name: str, value: Any, batch: int, device: torch.device) -> int | Tensor:
     """A span argument, an int or an integer tensor [B] on ``device``, as an int or a tensor of int32 or int64."""
     if isinstance(value, Tensor):
@@ -78,11 +87,7 @@ def _span(name: str, value: Any, batch: int, device: torch.device) -> int | Tens
         if value.device != device:
             raise ValueError(f"{name} must lie on the input's device {device}; got {value.device} (use {name}.to(...))")
         return value if value.dtype == torch.int64 else value.to(torch.int32)
-    if isinstance(value, int | SymInt) and not isinstance(value, bool):
-        return value  # type: ignore[return-value]
-    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
-        return int(value)
-    raise TypeError(f"{name} must be an int or an integer tensor [B]; got {type(value).__name__}")
+    return _whole_number(name, value, "an int or an integer tensor [B]")
 
 
 def _check_range(name: str, value: int, limit: int, what: str) -> None:
@@ -117,11 +122,8 @@ def parse_spans(
         n_vision = limit_vision - vision_start
     vision_start = _span("vision_start", vision_start, batch, device)
     n_vision = _span("n_vision", n_vision, batch, device)
-    for name, value, limit in (("max_n_text", max_n_text, limit_text), ("max_n_vision", max_n_vision, limit_vision)):
-        if value is not None:
-            if isinstance(value, bool) or not isinstance(value, int | SymInt | numbers.Integral):
-                raise TypeError(f"{name} must be an int or None; got {type(value).__name__}")
-            _check_range(name, value, limit, "the size of the sequence")
+    max_n_text = _maximum("max_n_text", max_n_text, limit_text)
+    max_n_vision = _maximum("max_n_vision", max_n_vision, limit_vision)
     spans = (text_start, n_text, vision_start, n_vision)
     if not any(isinstance(s, Tensor) for s in spans):
         return _int_spans(spans, max_n_text, max_n_vision, limit_text, limit_vision, joint)  # type: ignore[arg-type]
@@ -140,6 +142,14 @@ def parse_spans(
     if table.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_table(bounded, limit_text, limit_vision, joint)
     return bounded
+
+
+def _maximum(name: str, value: Any, limit: int) -> int | None:
+    if value is None:
+        return None
+    number = _whole_number(name, value, "an int or None")
+    _check_range(name, number, limit, "the size of the sequence")
+    return number
 
 
 def _column(value: int | Tensor, batch: int, device: torch.device) -> Tensor:

@@ -17,7 +17,7 @@ STATUS = native.status()["cpu"]
 NEEDS_CPU = pytest.mark.skipif(not STATUS[0], reason=STATUS[1])
 
 INSTRUCTION_SETS = native.build_info().get("instruction_sets", [""])
-SIZES = (1, 2, 7, 42, 63, 129)
+SIZES = (1, 2, 7, 42, 63, 129)  # after whole vectors of 16: 1, 2, 7, 10, 15 and 1 columns
 KINDS = ("scores", "softmax", "probs")
 
 

@@ -219,6 +219,8 @@ def test_numbers_of_numpy_are_numbers():
     expected = fused_cacr(x, 2, vision_start=3, projection_scale=0.5)
     found = fused_cacr(x, np.int32(2), vision_start=np.int64(3), projection_scale=np.float32(0.5))
     assert torch.equal(found, expected)
+    ragged = fused_cacr(x, torch.tensor([2]), vision_start=3, n_vision=3, max_n_text=np.int32(4), projection_scale=0.5)
+    assert torch.equal(ragged, expected)
 
 
 def test_iais_takes_no_unknown_heads():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -171,15 +172,15 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:6000])
 
 
-def not_finite(path: Path) -> None:
-    """Writes the database anew with a feature that is no number, past the check of the writer."""
+def not_finite(path: Path, feature: float = np.nan, box: float = 0.0) -> None:
+    """Writes the database anew with features or boxes that are no numbers, past the check of the writer."""
     root = path.parent.parent
     shutil.rmtree(path.parent)
     source = synthetic_source()
     with ImageDBWriter(root) as images:
         for image, size in enumerate(source.n_regions):
             images.write(f"{image}.npz", source.features[image, :size].numpy(), source.boxes[image, :size, :6].numpy())
-            record = {"features": np.full((size, 12), np.nan, "f4"), "norm_bb": np.zeros((size, 6), "f4")}
+            record = {"features": np.full((size, 12), feature, "f4"), "norm_bb": np.full((size, 6), box, "f4")}
             images._writer.put(f"{image}.npz", images._pack(record))
 
 
@@ -187,6 +188,11 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "images truncated": ("img/feat_th0.2_max100_min10/data.mdb", truncate, "data.mdb is truncated"),
     "images empty": ("img/feat_th0.2_max100_min10/data.mdb", lambda p: p.write_bytes(b""), "not a readable LMDB"),
     "images not finite": ("img/feat_th0.2_max100_min10/data.mdb", not_finite, "are not finite numbers"),
+    "boxes not finite": (
+        "img/feat_th0.2_max100_min10/data.mdb",
+        partial(not_finite, feature=0.0, box=np.nan),
+        "boxes of",
+    ),
     "counts cut": ("img/nbb_th0.2_max100_min10.json", lambda p: p.write_text('{"a'), "is not valid JSON"),
     "texts truncated": ("txt/train.db/data.mdb", truncate, "data.mdb is truncated"),
     "lengths gone": ("txt/train.db/id2len.json", lambda p: p.unlink(), "id2len.json is missing"),

@@ -99,6 +99,9 @@ def test_a_line_that_was_cut_is_dropped_before_more_are_appended(tmp_path):
     path.write_bytes(path.read_bytes()[:-4])
     results.append(tmp_path, "ceilings", [row | {"what": "exp"}])
     assert [found["what"] for found in results.read(tmp_path, "ceilings")] == ["copy", "exp"]
+    path.write_text(path.read_text().splitlines()[0])  # the header alone, without its newline
+    results.append(tmp_path, "ceilings", [row])
+    assert [found["what"] for found in results.read(tmp_path, "ceilings")] == ["copy"]
 
 
 @pytest.mark.parametrize(("model", "name"), [("AMD EPYC", "AMD EPYC family 26 model 2 ("), ("Xeon 7", "Xeon 7 (")])

@@ -203,6 +203,16 @@ def test_pickled_code_is_refused_and_not_run(tmp_path: Path) -> None:
     assert not proof.exists()
 
 
+def test_an_old_file_cut_anywhere_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pt"
+    torch.save({"weight": torch.zeros(3)}, path, _use_new_zipfile_serialization=False)
+    whole = path.read_bytes()
+    for size in range(len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(UserError, match=r"weights"):
+            read_state_dict(path)
+
+
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 @pytest.mark.parametrize("keep", [0.0, 0.3, 0.9])
 def test_truncated_files_are_refused(suffix: str, keep: float, tmp_path: Path) -> None:

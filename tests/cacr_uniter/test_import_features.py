@@ -26,6 +26,7 @@ from cacr_uniter.data.importers.testing import (
     vinvl_tsv,
 )
 from cacr_uniter.data.lmdb import BoxRule, ImageDB
+from cacr_uniter.data.lmdb_store import write_json
 from cacr_uniter.data.names import image_namer
 from cacr_uniter.errors import UserError
 
@@ -146,6 +147,41 @@ def test_an_interrupted_import_goes_on(
         assert all(np.array_equal(whole[key], resumed[key]) for key in whole)
     with pytest.raises(UserError, match="exists already"):
         import_features("lxmert-tsv", source, tmp_path / "img")
+
+
+@pytest.mark.parametrize("last", ["_import.json", "nbb_"])
+def test_an_import_that_fails_at_its_last_files_goes_on(
+    last: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cacr_uniter.data.lmdb_store.COMMIT_EVERY", 2)
+    source = lxmert_tsv(tmp_path)
+
+    def full(path: Path, value: Any) -> None:
+        if last in path.name:
+            raise OSError("No space left on device")
+        write_json(path, value)
+
+    with monkeypatch.context() as patch:
+        for module in ("importers.features", "image_writer"):
+            patch.setattr(f"cacr_uniter.data.{module}.write_json", full)
+        with pytest.raises(OSError, match="No space"):
+            import_features("lxmert-tsv", source, tmp_path / "img")
+    report = import_features("lxmert-tsv", source, tmp_path / "img")
+    assert report.images == 3
+    assert report.resumed >= 2
+    assert check_database(tmp_path / "img").ok
+    folder = Path(report.folder)
+    assert {path.name for path in folder.iterdir()} <= {"data.mdb", "lock.mdb"}
+
+
+@pytest.mark.parametrize("row", ['{"features": "AAAA"}', "[1]"])
+def test_an_odd_row_at_the_start_is_left_out(row: str, tmp_path: Path) -> None:
+    good = vinvl_tsv(tmp_path)
+    source = tmp_path / "odd.tsv"
+    source.write_text(f"odd\t{row}\n" + good.read_text())
+    with pytest.raises(UserError, match=r"line 1 \(odd\)"):
+        import_features("vinvl-tsv", source, tmp_path / "img")
+    assert len(import_features("vinvl-tsv", source, tmp_path / "img", skip_bad=True).skipped) == 1
 
 
 def butd_line(image: Image, **changes: Any) -> str:

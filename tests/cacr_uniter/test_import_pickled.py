@@ -37,6 +37,14 @@ def test_pickled_code_is_not_run(protocol: int, tmp_path: Path) -> None:
     assert not proof.exists()
 
 
+def test_what_is_shared_is_read_once() -> None:
+    value: list = [1]
+    for _ in range(60):  # written out, 2^60 lists
+        value = [value, value]
+    data = read_pickled_data(pickle.dumps(value))
+    assert data[0] is data[1]
+
+
 @pytest.mark.parametrize("protocol", range(5))
 def test_pickled_data_is_read(protocol: int) -> None:
     array = np.arange(6, dtype=">i4").reshape(2, 3)

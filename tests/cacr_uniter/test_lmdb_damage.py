@@ -1,6 +1,8 @@
 """The LMDB formats when files are damaged or hostile: one sentence, nothing run."""
 
+import io
 import pickle
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -121,6 +123,22 @@ def test_any_damage_is_a_value_error() -> None:
             except ValueError:
                 refused += 1
     assert refused > 300
+
+
+@pytest.mark.parametrize("header", ["(2, ", f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({2**70}, 0)}}"])
+def test_a_strange_npy_header_is_a_value_error(header: str) -> None:
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w") as archive:
+        member = header.encode() + b"\n"
+        archive.writestr("features.npy", b"\x93NUMPY\x01\x00" + len(member).to_bytes(2, "little") + member)
+    with pytest.raises(ValueError, match=r"."):
+        codec.unpack_npz(data.getvalue())
+
+
+@pytest.mark.parametrize("array", [np.array(["a"]), np.zeros(2, dtype="f4,i4"), np.zeros(2, dtype="c8")])
+def test_only_plain_numbers_are_read_from_npz(array: np.ndarray) -> None:
+    with pytest.raises(ValueError, match="only plain numbers are read"):
+        codec.unpack_npz(compressed({"features": array}))
 
 
 def test_a_compressed_bomb_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

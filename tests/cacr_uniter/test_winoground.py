@@ -99,6 +99,8 @@ def test_lines_may_come_in_any_order(tmp_path: Path) -> None:
         ('{"label": "0_c2_i0", "score": 1}', "line 1: label '0_c2_i0'"),
         ('{"label": "0_c0_i0", "score": "high"}', "line 1: label must be text and score a number"),
         ('{"label": "0_c0_i0", "score": NaN}', "nan, not a finite number"),
+        ('{"label": "0_c0_i0", "score": 1' + "0" * 400 + "}", "10000000000000000000, not a finite number"),
+        ("[" * 100_000, "line 1: expected"),
         ('{"label": "0_c0_i0", "score": 1}\n{"label": "0_c0_i0", "score": 2}', "line 2: label '0_c0_i0' occurs twice"),
     ],
 )

@@ -66,10 +66,10 @@ def append(folder: Path, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
     rows = list(rows)
     _check_device(folder, {str(row["device"]) for row in rows if row.get("device")})
     folder.mkdir(parents=True, exist_ok=True)
-    fresh = not path.is_file() or path.stat().st_size == 0
-    if not fresh:
+    if path.is_file() and path.stat().st_size:
         _check_header(path, name)
         _drop_torn_line(path)
+    fresh = not path.is_file() or path.stat().st_size == 0
     with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         if fresh:

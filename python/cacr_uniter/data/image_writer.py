@@ -127,8 +127,8 @@ class ImageDBWriter:
         self._writer.put(KEYS_RECORD, json.dumps(list(self.counts)).encode("utf-8"))
         if self.rule.counts_file is not None:
             write_json(self.root / self.rule.counts_file, self.counts)
-        self._log_path.unlink()
         self._writer.finish()
+        (self.folder / COUNTS_LOG).unlink()  # until now a resumed writer needs it
 
     def __enter__(self) -> ImageDBWriter:
         return self

@@ -158,8 +158,10 @@ def _read_file(name: str) -> dict[str, Any]:
         raise UserError(f"--config {name} is not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(value, dict):
         raise UserError(f"--config {name}: expected fields of cacr train, got {type(value).__name__}")
-    for section in value.keys() & get_type_hints(TrainConfig).keys():
-        content = value[section]
+    sections = get_type_hints(TrainConfig)
+    for section, content in value.items():
+        if section not in sections:
+            continue
         if not isinstance(content, dict):
             raise UserError(f"--config {name}: section {section} must hold fields, got {str(content)[:60]!r}")
         unknown = [key for key in content if f"{section}.{key}" not in fields()]

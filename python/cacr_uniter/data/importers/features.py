@@ -252,7 +252,7 @@ def import_features(
             source=facts,
         )
         write_json(target / f"{writer.folder.name}_import.json", dataclasses.asdict(report))
-        (writer.partial / SOURCE_NOTE).unlink()
+    (writer.folder / SOURCE_NOTE).unlink()  # until now an import that goes on needs it
     return report
 
 
