@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
 from cacr_kernels import fused_cacr, fused_cacr_qk
@@ -193,7 +194,7 @@ def test_compile_equals_eager(backend, device, dynamic, ragged):
 
 def test_dynamic_shapes_do_not_recompile(kernel, device):
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     function = torch.compile(
         lambda x, n: fused_cacr(x, n, backend=kernel), fullgraph=True, dynamic=True, backend=counter
     )
