@@ -2,7 +2,7 @@
 // whole vectors), and transposes them.
 #pragma once
 
-#include "simd.h"
+#include "quads.h"
 
 namespace cacr {
 namespace CACR_ISA {
@@ -62,14 +62,6 @@ CACR_INLINE void from_float(float value, Half& out) {
 CACR_INLINE void from_float(float value, float& out) { out = value; }
 CACR_INLINE void from_float(double value, double& out) { out = value; }
 
-// Interleaves the lower (Upper: upper) halves of every group of Lanes lanes of a and b, Width lanes at a time.
-template <int Lanes, int Width, bool Upper, typename V, int... I>
-CACR_INLINE V zip(V a, V b, Indices<I...>) {
-    constexpr int n = (int)sizeof...(I);
-    return __builtin_shufflevector(
-        a, b, (I / Width % 2 * n + I / Lanes * Lanes + Upper * Lanes / 2 + I % Lanes / (2 * Width) * Width + I % Width)...);
-}
-
 // Rows 2 i and 2 i + 1 of out: rows i and i + n / 2 zipped over the whole vector. log2(n) such rounds transpose n rows.
 template <int n, typename V>
 CACR_INLINE void shuffle_round(V (&rows)[n]) {
@@ -114,7 +106,21 @@ CACR_INLINE void transpose_square(Vec<T> (&rows)[kLanes<T>]) {
 template <typename T, bool Centred = false>
 static void transpose(i64 rows, i64 columns, const T* in, i64 ld_in, T* out, i64 ld_out) {
     constexpr int n = kLanes<T>;
-    for (i64 i = 0; i < rows; i += n) {
+    i64 i = 0;
+    // Four columns of kLanes rows: vectors of quads, each transposed. Half the shuffles of whole squares, and reads are 16 bytes.
+    if constexpr (kQuads<T> > 1) {
+        for (; i + n <= rows; i += n) {
+            for (i64 j = 0; j < columns; j += 4) {
+                Vec<T> quads[4];
+                unrolled<4>([&](auto r) __attribute__((always_inline)) { quads[r] = joined(in + (i + r) * ld_in + j, 4 * ld_in); });
+                transpose_quads<T>(quads);
+                unrolled<4>([&](auto c) __attribute__((always_inline)) {
+                    if (j + c < columns) store(out + (j + c) * ld_out + i, Centred ? quads[c] - in[j + c] : quads[c]);
+                });
+            }
+        }
+    }
+    for (; i < rows; i += n) {
         for (i64 j = 0; j < columns; j += n) {
             Vec<T> square[n];
             unrolled<n>([&](auto r) __attribute__((always_inline)) {
@@ -128,11 +134,26 @@ static void transpose(i64 rows, i64 columns, const T* in, i64 ld_in, T* out, i64
     }
 }
 
+// out[0 .. count) = in: whole vectors, and one that ends with the last element. Rows are too short for a call of memcpy.
+template <typename T>
+CACR_INLINE void copy(T* out, const T* in, i64 count) {
+    i64 j = 0;
+    for (; j + kLanes<T> <= count; j += kLanes<T>) store(out + j, load(in + j));
+    if (j < count && j > 0)
+        store(out + count - kLanes<T>, load(in + count - kLanes<T>));
+    else
+        for (; j < count; ++j) out[j] = in[j];
+}
+
 template <typename T, typename S>
-static void load_row(i64 columns, const S* in, i64 step, T* out, i64 ld) {
-    if (step == 1 && sizeof(S) == sizeof(T))
-        __builtin_memcpy(out, in, (size_t)columns * sizeof(T));
-    else if (step == 1)
+CACR_INLINE void load_row(i64 columns, const S* in, i64 step, T* out, i64 ld) {
+    if (step == 1 && sizeof(S) == sizeof(T)) {
+        if (columns % kLanes<T>) store(out + padded<T>(columns) - kLanes<T>, Vec<T>{});
+        copy(out, (const T*)in, columns);
+        for (i64 j = padded<T>(columns); j < ld; ++j) out[j] = T(0);
+        return;
+    }
+    if (step == 1)
         for (i64 j = 0; j < columns; ++j) out[j] = to_float(in[j]);
     else
         for (i64 j = 0; j < columns; ++j) out[j] = to_float(in[j * step]);
@@ -158,7 +179,7 @@ static void load_block(const ConstTensor& tensor, i64 b, i64 h, i64 row, i64 col
 template <typename T, typename S>
 CACR_INLINE S* store_stretch(S* out, const T* values, i64 count) {
     if (values && sizeof(S) == sizeof(T))
-        __builtin_memcpy(out, values, (size_t)count * sizeof(T));
+        copy((T*)out, values, count);
     else if (values)
         for (i64 j = 0; j < count; ++j) from_float(values[j], out[j]);
     else if (count > 0)

@@ -190,7 +190,8 @@ static double run_qk_side(const Options& o, int a, i64 n, i64 m, QkScratch<T>& s
     const T row_weight = (T)row_factor(o, (int)n);
     const bool grad_x = backward && o.stop_gradient != StopGradient::projection;
     const bool grad_y = backward && o.stop_gradient != StopGradient::target;
-    const RowTerms<T, false> terms = {n, (T)projection_factor(o, (int)m), weight * row_weight, grad_x, grad_y};
+    const RowTerms<T, false> terms = {n, (T)projection_factor(o, (int)m), weight * row_weight, grad_x,
+                                      grad_y ? GradY::store : GradY::none};
     const Factors<T> f = project<T>(s, a, n, m);
     double loss = 0;
     for (i64 first = 0; first < n; first += kPanel) {
@@ -198,7 +199,6 @@ static double run_qk_side(const Options& o, int a, i64 n, i64 m, QkScratch<T>& s
         T* u = s.u + first * f.ld;
         multiply<T>(count, n, f.r, {u, f.ld, 1}, s.ft, ldn, s.x, ldn, false, s.work);
         multiply<T>(count, n, s.dim, {s.q[a] + first * s.ld, s.ld, 1}, s.kt[a], ldn, s.y, ldn, false, s.work);
-        if (grad_y) __builtin_memset(s.h, 0, (size_t)(count * ldn) * sizeof(T));
         loss += compare_rows<T, false>(terms, count, ldn, s.x, s.y, s.h, s.rows);
         if (grad_x) {
             multiply<T>(count, f.r, n, {s.x, ldn, 1}, f.f, f.ld, s.du + first * f.ld, f.ld, false, s.work);

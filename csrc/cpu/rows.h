@@ -16,6 +16,8 @@ CACR_INLINE void for_vectors(i64 n, F&& f) {
     if (j < n) f(j, first_lanes<T>(n - j));
 }
 
+enum class GradY { none, store, add };  // what becomes of dL/dY
+
 // How the rows of one side are compared and what their gradients are multiplied by.
 // Probs: y holds probabilities, Y = log max(y, 1e-12); otherwise Y = y.
 template <typename T, bool Probs>
@@ -24,17 +26,43 @@ struct RowTerms {
     T factor;   // X = factor * x
     T weight;   // dL/d(this row's symmetric KL)
     bool grad_x;
-    bool grad_y;
+    GradY grad_y;
 };
 
-constexpr int kRowGroup = 8;  // rows taken through each pass together, so that one row's reductions overlap the next row
+// Rows that go through each pass together, so that their partial results are reduced all at once.
+constexpr int kRowGroup = 8;
 
-// Maxima of factor x and Y over one row; kind probs leaves Y in e.
+// Quantities of the rows of a group: vectors of partial results, and what they reduce to.
+template <typename T, int Quantities>
+struct RowGroup {
+    Vec<T> partial[Quantities][kRowGroup];
+    alignas(CACR_VECTOR_BYTES) T value[Quantities][kRowGroup];
+
+    template <typename F>
+    CACR_INLINE void reduce(F&& combine) {
+        static_assert(Quantities * kRowGroup % kLanes<T> == 0, "whole vectors of results");
+        unrolled<Quantities * kRowGroup / kLanes<T>>([&](auto i) __attribute__((always_inline)) {
+            constexpr int first = i * kLanes<T>;
+            store(&value[first / kRowGroup][first % kRowGroup], fold_all<T>(&partial[first / kRowGroup][first % kRowGroup], combine));
+        });
+    }
+
+    // l_x, l_y, sum_j exp(x_j - m_x) d_j, sum_j exp(Y_j - m_y) d_j become 1 / l_x, 1 / l_y, E_p[d], E_q[d].
+    CACR_INLINE void normalise() {
+        for (int first = 0; first < 2 * kRowGroup; first += kLanes<T>) {
+            T *scale = value[0] + first, *mean = value[2] + first;
+            store(scale, T(1) / load(scale));
+            store(mean, load(mean) * load(scale));
+        }
+    }
+};
+
+// Maxima of factor x and Y over row i of a group; kind probs leaves Y in e.
 template <typename T, bool Probs>
-CACR_INLINE void row_maxima(const RowTerms<T, Probs>& terms, const T* x, const T* y, T* e, T& max_x, T& max_y) {
+CACR_INLINE void row_maxima(const RowTerms<T, Probs>& terms, const T* x, const T* y, T* e, RowGroup<T, 2>& maxima, int i) {
     typedef Vec<T> V;
     const T lowest = -__builtin_inff();
-    V best_x = splat(lowest), best_y = splat(lowest);
+    V max_x = splat(lowest), max_y = splat(lowest);
     for_vectors<T>(terms.n, [&](i64 j, IntVec<T> lanes) __attribute__((always_inline)) {
         V vy = load(y + j);
         if constexpr (Probs) {
@@ -42,24 +70,19 @@ CACR_INLINE void row_maxima(const RowTerms<T, Probs>& terms, const T* x, const T
             vy = log_of_normal<T>(select<T>(vy < floor, floor, vy));
             store(e + j, vy);
         }
-        best_x = larger<T>(select<T>(lanes, load(x + j) * terms.factor, splat(lowest)), best_x);
-        best_y = larger<T>(select<T>(lanes, vy, splat(lowest)), best_y);
+        max_x = larger<T>(select<T>(lanes, load(x + j) * terms.factor, splat(lowest)), max_x);
+        max_y = larger<T>(select<T>(lanes, vy, splat(lowest)), max_y);
     });
-    max_x = max_of<T>(best_x);
-    max_y = max_of<T>(best_y);
+    maxima.partial[0][i] = max_x;
+    maxima.partial[1][i] = max_y;
 }
 
-// Numbers of one row after its second pass.
-template <typename T>
-struct RowSums {
-    T scale_p, scale_q;  // 1 / l_x, 1 / l_y
-    T mean_p, mean_q;    // E_p[d], E_q[d], d = (x - m_x) - (y - m_y)
-};
-
-// Leaves exp(x - m_x) in x, exp(Y - m_y) in e and d in d.
+// Leaves exp(x - m_x) in x, exp(Y - m_y) in e and d = (x - m_x) - (y - m_y) in d; the sums of both exponentials, and of d times each.
 template <typename T, bool Probs>
-CACR_INLINE RowSums<T> row_sums(const RowTerms<T, Probs>& terms, T* x, const T* logits, T* e, T* d, T max_x, T max_y) {
+CACR_INLINE void row_sums(const RowTerms<T, Probs>& terms, T* x, const T* logits, T* e, T* d, const RowGroup<T, 2>& maxima,
+                          RowGroup<T, 4>& sums, int i) {
     typedef Vec<T> V;
+    const T max_x = maxima.value[0][i], max_y = maxima.value[1][i];
     V sum_x = V{}, sum_y = V{}, dot_x = V{}, dot_y = V{};
     for_vectors<T>(terms.n, [&](i64 j, IntVec<T> lanes) __attribute__((always_inline)) {
         const V u = load(x + j) * terms.factor - max_x;
@@ -75,62 +98,75 @@ CACR_INLINE RowSums<T> row_sums(const RowTerms<T, Probs>& terms, T* x, const T* 
         store(e + j, ey);
         store(d + j, diff);
     });
-    RowSums<T> r;
-    r.scale_p = T(1) / sum_of<T>(sum_x);
-    r.scale_q = T(1) / sum_of<T>(sum_y);
-    r.mean_p = sum_of<T>(dot_x) * r.scale_p;
-    r.mean_q = sum_of<T>(dot_y) * r.scale_q;
-    return r;
+    sums.partial[0][i] = sum_x;
+    sums.partial[1][i] = sum_y;
+    sums.partial[2][i] = dot_x;
+    sums.partial[3][i] = dot_y;
 }
 
 // Symmetric KL of the row from exponentials and d: sum_j (p_j - q_j)(d_j - c), c the middle of E_p[d] and E_q[d]. The constant
 // changes nothing exactly, but keeps the terms small where p and q nearly agree; E_p[d] - E_q[d] would cancel there.
-// Leaves weight dL/dx (times the factor) in x, and adds weight dL/dy to grad_y.
+// Leaves weight dL/dx (times the factor) in x; weight dL/dy goes to grad_y.
 template <typename T, bool Probs>
-CACR_INLINE T finish_row(const RowTerms<T, Probs>& terms, const RowSums<T>& r, T* x, const T* y, T* grad_y, const T* e, const T* d) {
+CACR_INLINE Vec<T> finish_row(const RowTerms<T, Probs>& terms, const RowGroup<T, 4>& sums, int i, T* x, const T* y, T* grad_y, const T* e,
+                              const T* d) {
     typedef Vec<T> V;
-    const T weight_x = terms.weight * terms.factor;
-    const T middle = (r.mean_p + r.mean_q) * T(0.5);
+    const T scale_p = sums.value[0][i], scale_q = sums.value[1][i], mean_p = sums.value[2][i], mean_q = sums.value[3][i];
+    const T middle = (mean_p + mean_q) * T(0.5), weight = terms.weight, weight_x = terms.weight * terms.factor;
     V loss = V{};
     for_vectors<T>(terms.n, [&](i64 j, IntVec<T>) __attribute__((always_inline)) {
-        const V p = load(x + j) * r.scale_p, q = load(e + j) * r.scale_q, diff = load(d + j);
+        const V p = load(x + j) * scale_p, q = load(e + j) * scale_q, diff = load(d + j);
+        // Two rounded products, so that 0 where p is q: both are needed below, and compilers fuse only a product that is not.
         const V change = p - q;
         loss += change * (diff - middle);
-        if (terms.grad_x) store(x + j, (p * (diff - r.mean_p) + change) * weight_x);
-        if (terms.grad_y) {
-            V dy = (q * (r.mean_q - diff) - change) * terms.weight;
+        if (terms.grad_x) store(x + j, (p * (diff - mean_p) + change) * weight_x);
+        if (terms.grad_y != GradY::none) {
+            V dy = (q * (mean_q - diff) - change) * weight;
             if constexpr (Probs) {
                 const V prob = load(y + j);
                 dy = select<T>(prob < T(1e-12), V{}, dy / prob);
             }
-            store(grad_y + j, load(grad_y + j) + dy);
+            store(grad_y + j, terms.grad_y == GradY::add ? load(grad_y + j) + dy : dy);
         }
     });
-    return sum_of<T>(loss);
+    return loss;
 }
 
 // Sum over `rows` rows (stride ld) of the symmetric KL of softmax(factor x) and softmax(Y). With gradients: x becomes dL/dx,
-// grad_y += dL/dy. scratch: 2 kRowGroup rows. Row ends up to a whole vector are readable in x and y and stay out of every sum.
+// dL/dY goes to grad_y. scratch: 2 kRowGroup rows. Row ends up to a whole vector are readable in x and y and stay out of every sum.
 template <typename T, bool Probs>
 static double compare_rows(const RowTerms<T, Probs>& terms, i64 rows, i64 ld, T* x, const T* y, T* grad_y, T* scratch) {
     T* e = scratch;
     T* d = scratch + kRowGroup * ld;
-    double loss = 0;
+    RowGroup<T, 2> maxima = {};
+    RowGroup<T, 4> sums = {};
+    Vec<double> loss = {};
+    auto fetch = [&](const T* row) __attribute__((always_inline)) {
+        for (i64 j = 0; kPrefetch && j < terms.n; j += kLanes<T>) __builtin_prefetch(row + j, 1, 3);
+    };
     for (i64 first = 0; first < rows; first += kRowGroup) {
-        const int count = rows - first < kRowGroup ? (int)(rows - first) : kRowGroup;
-        T max_x[kRowGroup], max_y[kRowGroup];
-        RowSums<T> sums[kRowGroup];
-        const i64 at = first * ld;
-        for (int i = 0; i < count; ++i) row_maxima<T, Probs>(terms, x + at + i * ld, y + at + i * ld, e + i * ld, max_x[i], max_y[i]);
-        for (int i = 0; i < count; ++i) {
-            const T* logits = Probs ? e + i * ld : y + at + i * ld;
-            sums[i] = row_sums<T, Probs>(terms, x + at + i * ld, logits, e + i * ld, d + i * ld, max_x[i], max_y[i]);
+        const i64 count = rows - first < kRowGroup ? rows - first : kRowGroup;
+        for (i64 i = 0; i < count; ++i) {
+            const i64 at = (first + i) * ld;
+            row_maxima<T, Probs>(terms, x + at, y + at, e + i * ld, maxima, (int)i);
         }
-        for (int i = 0; i < count; ++i)
-            loss += (double)finish_row<T, Probs>(terms, sums[i], x + at + i * ld, y + at + i * ld,
-                                                 terms.grad_y ? grad_y + at + i * ld : nullptr, e + i * ld, d + i * ld);
+        maxima.reduce([](auto a, auto b) __attribute__((always_inline)) { return larger<T>(a, b); });
+        for (i64 i = 0; i < count; ++i) {
+            const i64 at = (first + i) * ld, next = at + kRowGroup * ld;
+            fetch(x + next);
+            fetch(y + next);
+            if (terms.grad_y != GradY::none) fetch(grad_y + at);
+            row_sums<T, Probs>(terms, x + at, Probs ? e + i * ld : y + at, e + i * ld, d + i * ld, maxima, sums, (int)i);
+        }
+        sums.reduce([](auto a, auto b) __attribute__((always_inline)) { return a + b; });
+        sums.normalise();
+        for (i64 i = 0; i < count; ++i) {
+            const i64 at = (first + i) * ld;
+            T* dy = terms.grad_y == GradY::none ? nullptr : grad_y + at;
+            add_lanes(loss, finish_row<T, Probs>(terms, sums, (int)i, x + at, y + at, dy, e + i * ld, d + i * ld));
+        }
     }
-    return loss;
+    return sum_of<double>(loss);
 }
 
 // out = softmax(in), both n long; the padding of out is zero.

@@ -25,6 +25,7 @@ struct Scratch {
     T* ft;          // F^T of the side at work
     T* wt;          // W^T
     T* grad[4];
+    bool fresh[4];  // nothing has been written to grad[ab] yet
     T* grad_inner;  // kind softmax: dW before the softmax backward
     T* u;
     T* du;
@@ -51,6 +52,7 @@ static Scratch<T> lay_out(char* base, i64 n_text, i64 n_vision, Kind kind, bool 
     for (int ab = 0; ab < 4; ++ab) {
         s.raw[ab] = take(n[ab / 2] * ld[ab % 2]);
         s.grad[ab] = backward ? take(n[ab / 2] * ld[ab % 2]) : nullptr;
+        s.fresh[ab] = backward;
     }
     for (int a = 0; a < 2; ++a) s.inner[a] = kind == Kind::softmax ? take(n[a] * ld[a]) : s.raw[3 * a];
     s.grad_inner = backward && kind == Kind::softmax ? take(widest * widest) : nullptr;
@@ -73,35 +75,43 @@ static double run_side(const Options& o, int a, i64 n, i64 m, Scratch<T>& s, boo
     const T* f = s.raw[ab];
     const T* w = s.inner[b];
     const T row_weight = (T)row_factor(o, (int)n);
+    auto first_write = [&](int block) {
+        const bool fresh = s.fresh[block];
+        s.fresh[block] = false;
+        return fresh;
+    };
+    multiply<T>(n, m, m, {f, ldm, 1}, w, ldm, s.u, ldm, false, s.work);
     if (o.kind == Kind::softmax)
         transpose<T>(n, m, f, ldm, s.ft, ldn);
     else
         transpose<T, true>(n, m, f, ldm, s.ft, ldn);
-    multiply<T>(n, m, m, {f, ldm, 1}, w, ldm, s.u, ldm, false, s.work);
     multiply<T>(n, n, m, {s.u, ldm, 1}, s.ft, ldn, s.x, ldn, false, s.work);
 
     const bool grad_x = backward && o.stop_gradient != StopGradient::projection;
     const bool grad_y = backward && o.stop_gradient != StopGradient::target;
+    const GradY dy = !grad_y ? GradY::none : first_write(aa) ? GradY::store : GradY::add;
     const T factor = (T)projection_factor(o, (int)m);
     double loss = o.kind == Kind::probs
-                      ? compare_rows<T, true>({n, factor, weight * row_weight, grad_x, grad_y}, n, ldn, s.x, s.raw[aa], s.grad[aa], s.rows)
-                      : compare_rows<T, false>({n, factor, weight * row_weight, grad_x, grad_y}, n, ldn, s.x, s.raw[aa], s.grad[aa], s.rows);
+                      ? compare_rows<T, true>({n, factor, weight * row_weight, grad_x, dy}, n, ldn, s.x, s.raw[aa], s.grad[aa], s.rows)
+                      : compare_rows<T, false>({n, factor, weight * row_weight, grad_x, dy}, n, ldn, s.x, s.raw[aa], s.grad[aa], s.rows);
     loss *= (double)row_weight;
     if (!grad_x) return loss;
 
     T* grad_f = s.grad[ab];
+    s.fresh[ab] = false;
+    const bool add = !first_write(3 * b);
     multiply<T>(n, m, n, {s.x, ldn, 1}, f, ldm, s.du, ldm, false, s.work);
     multiply<T>(n, m, n, {s.x, 1, ldn}, s.u, ldm, grad_f, ldm, false, s.work);
     transpose<T>(m, m, w, ldm, s.wt, ldm);
     multiply<T>(n, m, m, {s.du, ldm, 1}, s.wt, ldm, grad_f, ldm, true, s.work);
     if (o.kind != Kind::softmax) {
-        multiply<T>(m, m, n, {f, 1, ldm}, s.du, ldm, s.grad[3 * b], ldm, true, s.work);
+        multiply<T>(m, m, n, {f, 1, ldm}, s.du, ldm, s.grad[3 * b], ldm, add, s.work);
         return loss;
     }
     multiply<T>(m, m, n, {f, 1, ldm}, s.du, ldm, s.grad_inner, ldm, false, s.work);
     for (i64 i = 0; i < n; ++i) softmax_row_backward<T>(m, f + i * ldm, grad_f + i * ldm, grad_f + i * ldm, false);
     for (i64 i = 0; i < m; ++i)
-        softmax_row_backward<T>(m, w + i * ldm, s.grad_inner + i * ldm, s.grad[3 * b] + i * ldm, true);
+        softmax_row_backward<T>(m, w + i * ldm, s.grad_inner + i * ldm, s.grad[3 * b] + i * ldm, add);
     return loss;
 }
 
@@ -233,13 +243,10 @@ static void scores_problem(const Problem& p, i64 index, i64 next, char* scratch)
         const T weight = p.grad_loss ? ((const T*)p.grad_loss)[b * p.grad_loss_stride[0] + h * p.grad_loss_stride[1]] : T(1);
         load_problem<T, S>(p, e, b, h, s);
         look_ahead<T, S>(p, index, next, s.work);
-        if (backward)
-            for (int ab = 0; ab < 4; ++ab) {
-                const bool overwritten = ab % 3 && active[ab / 2] && p.options.stop_gradient != StopGradient::projection;
-                if (!overwritten) __builtin_memset(s.grad[ab], 0, (size_t)(n[ab / 2] * leading<T>(n[ab % 2])) * sizeof(T));
-            }
         for (int a = 0; a < 2; ++a)
             if (active[a]) total += run_side<T>(p.options, a, n[a], n[1 - a], s, backward, weight);
+        for (int ab = 0; ab < 4; ++ab)
+            if (s.fresh[ab]) __builtin_memset(s.grad[ab], 0, (size_t)(n[ab / 2] * leading<T>(n[ab % 2])) * sizeof(T));
     }
     if (loss) *loss = (T)total;
     if (backward) store_problem<T, S>(p, e, b, h, s);

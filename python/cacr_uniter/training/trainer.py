@@ -192,6 +192,8 @@ def _agree(config: TrainConfig, start: int, model: UniterForRetrieval, accelerat
     other = next((rank for rank, state in enumerate(found) if state != found[0]), None)
     if other is None:
         return
+    # gloo's thread lets go of the gathered objects meanwhile: at the end of the interpreter that would abort the process
+    accelerator.wait_for_everyone()
     if found[other][0] != found[0][0]:
         raise UserError(
             f"process 0 starts at step {found[0][0]} and process {other} at step {found[other][0]}: run.out "
