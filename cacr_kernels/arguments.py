@@ -10,6 +10,8 @@ from torch import SymInt, Tensor
 
 from .problem import Kind, Options, Sides, Spans, StopGradient
 
+KINDS, SIDES, STOP_GRADIENTS = get_args(Kind), get_args(Sides), get_args(StopGradient)
+
 FLOAT64_MAX = torch.finfo(torch.float64).max
 FAR = 1 << 29
 """Where positions of span tensors are cut off: beyond every limit, and two of them still fit in int32."""
@@ -25,11 +27,11 @@ def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
 def parse_options(
     kind: str, sides: str, projection_scale: float | str, stop_gradient: str | None, row_reduction: str
 ) -> Options:
-    check_choice("kind", kind, get_args(Kind))
-    check_choice("sides", sides, get_args(Sides))
+    check_choice("kind", kind, KINDS)
+    check_choice("sides", sides, SIDES)
     check_choice("row_reduction", row_reduction, ("sum", "mean"))
     stop = "none" if stop_gradient is None else stop_gradient
-    if stop not in get_args(StopGradient):
+    if stop not in STOP_GRADIENTS:
         raise ValueError(f"stop_gradient must be None, 'target' or 'projection'; got {stop_gradient!r}")
     mean = isinstance(projection_scale, str)
     if mean and projection_scale != "mean":

@@ -6,6 +6,7 @@ The module is optional and knows nothing of torch. ``cpu`` and ``cuda`` offer th
 
 from __future__ import annotations
 
+import os
 from typing import Any, NoReturn
 
 import torch
@@ -20,6 +21,17 @@ try:
 except ImportError as error:
     _import_error = str(error).splitlines()[0]
 
+
+def keep_memory(megabytes: str) -> None:
+    """Bounds what is kept of freed gradients: the value of ``CACR_CPU_KEEP_MB``, whole megabytes; "" is 256."""
+    if megabytes and not (megabytes.isascii() and megabytes.isdigit()):
+        raise ValueError(f"CACR_CPU_KEEP_MB must be a whole number of megabytes (0 keeps nothing); got {megabytes!r}")
+    if _native is not None:
+        _native.memory_limit(min(int(megabytes or 256), 1 << 40) << 20)
+
+
+keep_memory(os.environ.get("CACR_CPU_KEEP_MB", ""))
+
 _DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
 _KINDS = {"scores": 0, "softmax": 1, "probs": 2}
 _SIDES = {"both": 0, "text": 1, "vision": 2}
@@ -27,6 +39,9 @@ _STOP_GRADIENTS = {"none": 0, "target": 1, "projection": 2}
 
 #: device memory for intermediate matrices; a batch that needs more runs in several launches
 _CUDA_WORKSPACE_BYTES = 128 << 20
+
+#: a smaller gradient comes from PyTorch, whose allocator keeps such blocks anyway
+_SMALLEST_KEPT_BYTES = 1 << 20
 
 _REBUILD = "reinstall the package (pip install -e .) with a C++17 compiler"
 
@@ -67,7 +82,8 @@ def _tensor(x: Tensor) -> tuple[int, tuple[int, ...]]:
 
 def _tensors(inputs: list[Tensor]) -> list[tuple[int, tuple[int, ...]]]:
     """The four blocks tt, tv, vt, vv; one attention tensor stands for all of them."""
-    return [_tensor(x) for x in (inputs if len(inputs) == 4 else inputs * 4)]
+    tensors = [_tensor(x) for x in inputs]
+    return tensors if len(tensors) == 4 else tensors * 4
 
 
 def _options(options: Options) -> Any:
@@ -133,8 +149,16 @@ def _loss_dtype(inputs: list[Tensor]) -> torch.dtype:
 
 
 def _new_gradients(inputs: list[Tensor]) -> list[Tensor]:
-    """Contiguous and uninitialised: the kernels write every element."""
-    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
+    """Contiguous and uninitialised: the kernels write every element. Large ones on a CPU lie in memory that is kept and
+    used again once they are gone, up to ``CACR_CPU_KEEP_MB``."""
+    return [_new_gradient(x) for x in inputs]
+
+
+def _new_gradient(x: Tensor) -> Tensor:
+    if x.device.type != "cpu" or x.numel() * x.element_size() < _SMALLEST_KEPT_BYTES:
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+    memory = _native.Memory(x.numel() * x.element_size())
+    return torch.frombuffer(memory, dtype=x.dtype).view(x.shape)
 
 
 def _scale(source: Tensor, target: Tensor, factor: Tensor) -> Tensor:
@@ -187,7 +211,7 @@ class _Cpu:
         grad_loss = grad_loss.to(_loss_dtype(inputs))
         if saved:
             factor = grad_loss / options.expected_grad
-            return [_scale(gradient, torch.empty_like(gradient), factor) for gradient in saved]
+            return [_scale(gradient, _new_gradient(gradient), factor) for gradient in saved]
         gradients = _new_gradients(inputs)
         problem = _problem(inputs, spans, options)
         problem.set_grad_loss(grad_loss.data_ptr(), grad_loss.stride())
@@ -223,7 +247,7 @@ class _Cpu:
         grad_loss = grad_loss.to(_loss_dtype(inputs))
         if saved:
             factor = grad_loss / options.expected_grad
-            return [_scale(gradient, torch.empty_like(gradient), factor) for gradient in saved]
+            return [_scale(gradient, _new_gradient(gradient), factor) for gradient in saved]
         gradients = _new_gradients(inputs)
         problem = _qk_problem(inputs, spans, options, scale)
         problem.set_grad_loss(grad_loss.data_ptr(), grad_loss.stride())

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cpu/dispatch.h"
+#include "cpu/reserve.h"
 #include "include/problem.h"
 #if defined(CACR_WITH_CUDA)
 #include "include/cuda_api.h"
@@ -43,6 +44,18 @@ SpanTable spans_of(std::uintptr_t table, int text_start, int vision_start, int n
                    int limit_vision, bool disjoint) {
     return {reinterpret_cast<const int*>(table), text_start, vision_start, n_text, n_vision, limit_text, limit_vision, disjoint};
 }
+
+// A gradient's memory: Python sees a buffer of bytes and gives it back by forgetting it.
+struct Memory {
+    explicit Memory(std::size_t wanted) : bytes(wanted) { data = reserve_take(wanted, capacity); }
+    ~Memory() { reserve_release(data, capacity); }
+    Memory(const Memory&) = delete;
+    Memory& operator=(const Memory&) = delete;
+
+    std::size_t bytes;
+    std::size_t capacity = 0;
+    void* data = nullptr;
+};
 
 #if defined(CACR_WITH_CUDA)
 void check_cuda(int code, const char* what) {
@@ -156,6 +169,14 @@ PYBIND11_MODULE(_native, m) {
                  p.grad_loss_stride[1] = stride[1];
              })
         .def("set_threads", [](QkProblem& p, int threads) { p.threads = threads; });
+
+    py::class_<Memory>(m, "Memory", py::buffer_protocol())
+        .def(py::init<std::size_t>(), py::arg("bytes"))
+        .def_buffer([](Memory& memory) {
+            return py::buffer_info(static_cast<unsigned char*>(memory.data), (py::ssize_t)memory.bytes);
+        });
+    m.def("memory_limit", &reserve_limit, py::arg("bytes"), "Bytes of freed Memory to keep for later.");
+    m.def("memory_kept", &reserve_kept, "Bytes of freed Memory kept at the moment.");
 
     m.def(
         "qk_cpu",

@@ -3,16 +3,12 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <cstdint>
 #include <cstdlib>
 #include <new>
 #include <stdexcept>
 
 #if defined(__SSE2__)
 #include <xmmintrin.h>
-#endif
-#if defined(__linux__)
-#include <sys/mman.h>
 #endif
 
 namespace cacr {
@@ -34,20 +30,6 @@ std::vector<Candidate> candidates() {
 #endif
     return list;
 }
-
-// Asks for huge pages under a large output that is about to be written for the first time: a page fault every 4 KiB would
-// cost as much as a tenth of the arithmetic. Advice only, errors are of no consequence.
-void advise_huge_pages(void* data, i64 bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    constexpr std::uintptr_t page = 4096, huge = 2 << 20;
-    const std::uintptr_t start = (std::uintptr_t)data / page * page, end = (std::uintptr_t)data + (std::uintptr_t)bytes;
-    if (end - start >= huge) madvise((void*)start, end - start, MADV_HUGEPAGE);
-#else
-    (void)data, (void)bytes;
-#endif
-}
-
-i64 size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
 template <typename T>
 void scale(const Scaling& s) {
@@ -139,10 +121,6 @@ bool cpu_has_openmp() {
 
 void cacr_scores_cpu(const Problem& problem, const Kernels& kernels) {
     const i64 count = problem.batch * problem.heads;
-    const i64 limit[2] = {problem.spans.limit_text, problem.spans.limit_vision};
-    if (problem.has_grads)
-        for (int ab = 0; ab < (problem.single ? 1 : 4); ++ab)
-            advise_huge_pages(problem.grads[ab].data, count * limit[ab / 2] * limit[ab % 2] * size_of(problem.dtype));
     share_out(problem.threads, count, kernels.scores_scratch(problem),
               [&](i64 index, i64 next, char* scratch) { kernels.scores(problem, index, next, scratch); });
 }
@@ -153,7 +131,6 @@ void cacr_qk_cpu(const QkProblem& problem, const Kernels& kernels) {
 }
 
 void cacr_scale_cpu(const Scaling& scaling) {
-    advise_huge_pages(scaling.target, scaling.batch * scaling.heads * scaling.elements * size_of(scaling.dtype));
     if (scaling.dtype == DType::f64)
         scale<double>(scaling);
     else

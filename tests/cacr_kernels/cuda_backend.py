@@ -32,11 +32,15 @@ KINDS = ("scores", "softmax", "probs")
 
 
 def build_emulation(compiler, directory):
-    """The native module with the CUDA kernels emulated; its CPU functions stay unresolved (lazy binding)."""
+    """The native module with the CUDA kernels emulated; its CPU kernels stay unresolved (lazy binding)."""
     import pybind11
 
-    sources = ("bindings.cpp", "cuda/host/emulation.cpp", "cuda/forward.cu", "cuda/backward.cu")
-    read = [p for where in ("*.cpp", "cuda/**/*.*", "include/*", "cpu/*.h") for p in sorted(CSRC.glob(where))]
+    sources = ("bindings.cpp", "cpu/reserve.cpp", "cuda/host/emulation.cpp", "cuda/forward.cu", "cuda/backward.cu")
+    read = [
+        p
+        for where in ("*.cpp", "cuda/**/*.*", "include/*", "cpu/*.h", "cpu/reserve.cpp")
+        for p in sorted(CSRC.glob(where))
+    ]
     names = ("CACR_COMPILER", "CACR_CUDA_COMPILER", "CACR_CUDA_ARCHITECTURES", "CACR_CUDA_REASON")
     # another namespace: Python already knows the types of the installed module
     flags = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Dcacr=cacr_emulated", "-DCACR_WITH_CUDA"]

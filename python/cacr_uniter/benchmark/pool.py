@@ -15,8 +15,8 @@ from typing import Any
 Task = tuple[str, dict[str, Any]]
 Row = dict[str, Any]
 
-MALLOC_RETURNS = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
-"""glibc gives large blocks back when they are freed, so that the process's memory is what is in use."""
+MALLOC_RETURNS = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072", "CACR_CPU_KEEP_MB": "0"}
+"""glibc and the CPU kernels give large blocks back when they are freed, so that the process's memory is what is in use."""
 
 
 def run_tasks(
