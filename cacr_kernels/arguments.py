@@ -213,8 +213,7 @@ def reduce_loss(loss: Tensor, reduction: str, dims: int) -> Tensor:
     """[B, H] losses to ``dims`` leading dimensions for "none", else to a scalar; the mean over no problem is 0."""
     if reduction == "none":
         return loss if dims == 2 else loss[:, 0] if dims == 1 else loss[0, 0]
-    total = loss.sum()
-    return total / max(loss.numel(), 1) if reduction == "mean" else total
+    return loss.mean() if reduction == "mean" and loss.numel() else loss.sum()
 
 
 def parse_attention(

@@ -161,18 +161,20 @@ def _new_gradient(x: Tensor) -> Tensor:
     return torch.frombuffer(memory, dtype=x.dtype).view(x.shape)
 
 
-def _scale(source: Tensor, target: Tensor, factor: Tensor) -> Tensor:
-    """target = factor [B, H] times source, both contiguous [B, H, ...] of one dtype; they may be the same tensor."""
-    batch, heads = factor.shape
+def _scale(source: Tensor, target: Tensor, grad_loss: Tensor, expected_grad: float) -> Tensor:
+    """target = source times grad_loss [B, H] / expected_grad, contiguous [B, H, ...] of its dtype; they may be
+    the same tensor, of which the problems that got what was expected are not touched."""
+    batch, heads = grad_loss.shape
     _native.scale_cpu(
         _DTYPES[source.dtype],
         batch,
         heads,
-        source[0, 0].numel() if batch * heads else 0,
+        source.numel() // max(batch * heads, 1),
         source.data_ptr(),
         target.data_ptr(),
-        factor.data_ptr(),
-        factor.stride(),
+        grad_loss.data_ptr(),
+        grad_loss.stride(),
+        expected_grad,
         torch.get_num_threads(),
     )
     return target
@@ -210,8 +212,7 @@ class _Cpu:
         """d sum(grad_loss * loss) / d input for each input; grad_loss [B, H] with any strides."""
         grad_loss = grad_loss.to(_loss_dtype(inputs))
         if saved:
-            factor = grad_loss / options.expected_grad
-            return [_scale(gradient, _new_gradient(gradient), factor) for gradient in saved]
+            return [_scale(g, _new_gradient(g), grad_loss, options.expected_grad) for g in saved]
         gradients = _new_gradients(inputs)
         problem = _problem(inputs, spans, options)
         problem.set_grad_loss(grad_loss.data_ptr(), grad_loss.stride())
@@ -246,8 +247,7 @@ class _Cpu:
         """d sum(grad_loss * loss) / d q and / d k; grad_loss [B, H] with any strides."""
         grad_loss = grad_loss.to(_loss_dtype(inputs))
         if saved:
-            factor = grad_loss / options.expected_grad
-            return [_scale(gradient, _new_gradient(gradient), factor) for gradient in saved]
+            return [_scale(g, _new_gradient(g), grad_loss, options.expected_grad) for g in saved]
         gradients = _new_gradients(inputs)
         problem = _qk_problem(inputs, spans, options, scale)
         problem.set_grad_loss(grad_loss.data_ptr(), grad_loss.stride())
@@ -258,11 +258,7 @@ class _Cpu:
     def rescale_(self, saved: list[Tensor], grad_loss: Tensor, expected_grad: float) -> list[Tensor]:
         """The saved gradients themselves, now for this grad_loss: untouched if it is what was expected."""
         grad_loss = grad_loss.to(saved[0].dtype)
-        if not bool((grad_loss == expected_grad).all()):
-            factor = grad_loss / expected_grad
-            for gradient in saved:
-                _scale(gradient, gradient, factor)
-        return saved
+        return [_scale(gradient, gradient, grad_loss, expected_grad) for gradient in saved]
 
     def _run(self, problem: Any) -> None:
         problem.set_threads(torch.get_num_threads())

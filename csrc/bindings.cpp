@@ -197,15 +197,15 @@ PYBIND11_MODULE(_native, m) {
     m.def(
         "scale_cpu",
         [](int dtype, i64 batch, i64 heads, i64 elements, std::uintptr_t source, std::uintptr_t target, std::uintptr_t grad_loss,
-           std::array<i64, 2> stride, int threads) {
+           std::array<i64, 2> stride, double expected_grad, int threads) {
             const Scaling s = {(DType)dtype, batch, heads, elements, reinterpret_cast<const void*>(source),
                                reinterpret_cast<void*>(target), reinterpret_cast<const void*>(grad_loss),
-                               {stride[0], stride[1]}, threads};
+                               {stride[0], stride[1]}, expected_grad, threads};
             py::gil_scoped_release release;
-            cacr_scale_cpu(s);
+            return cacr_scale_cpu(s);
         },
         py::arg("dtype"), py::arg("batch"), py::arg("heads"), py::arg("elements"), py::arg("source"), py::arg("target"),
-        py::arg("grad_loss"), py::arg("grad_loss_stride"), py::arg("threads"));
+        py::arg("grad_loss"), py::arg("grad_loss_stride"), py::arg("expected_grad"), py::arg("threads"));
     m.def(
         "cpu_rates",
         [](int threads, double seconds, const std::string& instruction_set) {

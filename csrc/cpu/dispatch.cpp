@@ -32,16 +32,27 @@ std::vector<Candidate> candidates() {
 }
 
 template <typename T>
-void scale(const Scaling& s) {
+i64 scale(const Scaling& s) {
     const i64 count = s.batch * s.heads;
-#pragma omp parallel for num_threads(s.threads) if (s.threads > 1) schedule(static)
-    for (i64 index = 0; index < count; ++index) {
+    const bool in_place = s.source == s.target;
+    auto factor = [&](i64 index) {
+        const i64 b = index / s.heads, h = index % s.heads;
+        return ((const T*)s.grad_loss)[b * s.grad_loss_stride[0] + h * s.grad_loss_stride[1]] / (T)s.expected_grad;
+    };
+    i64 first = 0;
+    while (in_place && first < count && factor(first) == T(1)) ++first;  // mostly all of them: no threads are woken
+    if (first == count) return 0;
+    i64 scaled = 0;
+#pragma omp parallel for num_threads(s.threads) if (s.threads > 1) schedule(static) reduction(+ : scaled)
+    for (i64 index = first; index < count; ++index) {
         const T* source = (const T*)s.source + index * s.elements;
         T* target = (T*)s.target + index * s.elements;
-        const i64 b = index / s.heads, h = index % s.heads;
-        const T factor = ((const T*)s.grad_loss)[b * s.grad_loss_stride[0] + h * s.grad_loss_stride[1]];
-        for (i64 i = 0; i < s.elements; ++i) target[i] = factor * source[i];
+        const T f = factor(index);
+        if (in_place && f == T(1)) continue;
+        for (i64 i = 0; i < s.elements; ++i) target[i] = f * source[i];
+        ++scaled;
     }
+    return scaled;
 }
 
 // Scratch of one thread.
@@ -130,11 +141,8 @@ void cacr_qk_cpu(const QkProblem& problem, const Kernels& kernels) {
               [&](i64 index, i64 next, char* scratch) { kernels.qk(problem, index, next, scratch); });
 }
 
-void cacr_scale_cpu(const Scaling& scaling) {
-    if (scaling.dtype == DType::f64)
-        scale<double>(scaling);
-    else
-        scale<float>(scaling);
+i64 cacr_scale_cpu(const Scaling& scaling) {
+    return scaling.dtype == DType::f64 ? scale<double>(scaling) : scale<float>(scaling);
 }
 
 double cpu_rate(double (*work)(i64 rounds, float* sink), int threads, double seconds) {

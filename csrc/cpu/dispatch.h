@@ -22,18 +22,20 @@ void cacr_scores_cpu(const Problem& problem, const Kernels& kernels);
 // The same from q and k; work is shared out by key head.
 void cacr_qk_cpu(const QkProblem& problem, const Kernels& kernels);
 
-// A gradient kept from the forward pass, times another grad_loss.
+// A gradient kept from the forward pass, for another grad_loss than the one expected there.
 struct Scaling {
     DType dtype;         // f32 or f64, of everything here
     i64 batch, heads;
     i64 elements;        // of one problem; source and target are contiguous [B, H, elements]
-    const void* source;  // gradient for grad_loss = 1
-    void* target;
+    const void* source;  // gradient for grad_loss = expected_grad
+    void* target;        // may be the source
     const void* grad_loss;
     i64 grad_loss_stride[2];
+    double expected_grad;
     int threads;
 };
-void cacr_scale_cpu(const Scaling& scaling);
+// Returns how many problems were written.
+i64 cacr_scale_cpu(const Scaling& scaling);
 
 // What `threads` threads do of a kernel's multiply_adds or exponentials in a second: the arithmetic roofs of these kernels.
 double cpu_rate(double (*work)(i64 rounds, float* sink), int threads, double seconds);
