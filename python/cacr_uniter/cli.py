@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from typing import NoReturn
 
 from cacr_uniter.errors import ProcessError, UserError, is_out_of_memory
 
@@ -93,6 +94,17 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(ProcessError(), f"out of memory: {cure}", traceback)
 
 
+def run() -> NoReturn:
+    """The command ``cacr``. One of several processes leaves without Python's farewell, during which a thread of
+    torch.distributed that lets go of a Python object would abort it."""
+    code = main()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 def usage() -> str:
     """The list of commands."""
     lines = [f"  cacr {name:<18}{summary}" for name, (_, summary) in COMMANDS.items()]
@@ -142,4 +154,4 @@ def _fail(error: Exception, message: str, traceback: bool) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

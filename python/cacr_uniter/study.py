@@ -6,7 +6,6 @@ that are not, and each of these from its last checkpoint.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import statistics
@@ -20,8 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cacr_uniter.data.lmdb_store import write_json
 from cacr_uniter.errors import UserError
+from cacr_uniter.files import parse_json, write_json
 from cacr_uniter.training.command import load_config
 
 VARIANTS: dict[str, tuple[str, ...]] = {
@@ -136,7 +135,7 @@ def _own_folder(out: Path, study: Study) -> None:
     identity = {"scenes": study.scenes, "preset": study.preset, "options": list(study.options)}
     try:
         out.mkdir(parents=True, exist_ok=True)
-        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else identity
+        before = parse_json(path.read_text(encoding="utf-8")) if path.exists() else identity
     except (OSError, ValueError) as error:
         raise UserError(f"--out: {out} cannot be used ({error})") from error
     if before != identity:
@@ -188,7 +187,7 @@ def _run(out: Path, study: Study, variant: str, seed: int, threads: int, stop: t
         if process.returncode:
             stop.set()
             raise UserError(f"run {variant} of seed {seed} failed ({_reason(folder, process)}); see {folder / LOG}")
-    write_json(folder / REPORT, json.loads(printed))
+    write_json(folder / REPORT, parse_json(printed))
 
 
 def _reason(folder: Path, process: subprocess.Popen[str]) -> str:
@@ -212,7 +211,7 @@ def collect(out: Path, study: Study) -> dict[str, Any]:
     scores: dict[str, dict[str, dict[str, float]]] = {}
     for variant in study.variants:
         reports = {
-            seed: json.loads((run_folder(out, variant, seed) / REPORT).read_text(encoding="utf-8"))
+            seed: parse_json((run_folder(out, variant, seed) / REPORT).read_text(encoding="utf-8"))
             for seed in study.seeds
         }
         scores[variant] = {

@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from cacr_uniter.errors import UserError
 from cacr_uniter.evaluation.scoring import load_model
 from cacr_uniter.model import UniterConfig, UniterForRetrieval
-from cacr_uniter.training import best as best_module
 from cacr_uniter.training.best import METRICS, Best
 from cacr_uniter.training.checkpoint import MODEL
 from cacr_uniter.training.testing import VOCABULARY, small_config, small_run, synthetic_source
@@ -85,7 +84,7 @@ def test_damaged_weights_count_as_none(tmp_path: Path) -> None:
     assert Best(tmp_path, "ir_r1", start=6).path is None
 
 
-@pytest.mark.parametrize("function", ["save_file", "flush"])
+@pytest.mark.parametrize("function", ["cacr_uniter.training.best.save_file", "cacr_uniter.files.flush"])
 def test_a_refused_write_leaves_the_weights_before(
     tmp_path: Path, function: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -96,7 +95,7 @@ def test_a_refused_write_leaves_the_weights_before(
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(best_module, function, full)
+    monkeypatch.setattr(function, full)
     with pytest.raises(UserError, match=r"best weights .* could not be written \(no space left on the device\)"):
         best.offer(record(2, 20.0), model(1))
     assert (tmp_path / "best" / MODEL).read_bytes() == before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,16 @@ def test_importing_the_command_loads_nothing_heavy() -> None:
     code = f"import sys, cacr_uniter.cli; print([m for m in {heavy} if m in sys.modules])"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.strip() == "[]"
+
+
+@pytest.mark.parametrize(("processes", "farewell"), [("1", "farewell"), ("2", "")])
+def test_one_of_several_processes_leaves_without_farewell(processes: str, farewell: str) -> None:
+    code = "import atexit; atexit.register(print, 'farewell'); from cacr_uniter import cli; cli.run()"
+    environment = os.environ | {"WORLD_SIZE": processes, "RANK": "0"}
+    done = subprocess.run([sys.executable, "-c", code, "dcotor"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "'dcotor' is no command" in done.stderr
+    assert done.stdout.strip() == farewell
 
 
 def test_no_installed_module_needs_pytest() -> None:

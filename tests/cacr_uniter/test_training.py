@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from cacr_uniter import files
 from cacr_uniter.errors import UserError
 from cacr_uniter.training import checkpoint as checkpoints
 from cacr_uniter.training.build import build_accelerator, build_model, model_config
@@ -284,8 +285,8 @@ def test_other_errors_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_full_disk_under_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "log.part").symlink_to("/dev/full")
-    monkeypatch.setattr(checkpoints, "flush", lambda path: None)  # which a device refuses
+    (tmp_path / "run" / "log.jsonl.partial").symlink_to("/dev/full")
+    monkeypatch.setattr(files, "flush", lambda path: None)  # which a device refuses
     with pytest.raises(UserError, match=r"log .* could not be written \(no space left on the device\)"):
         small_run(small_config(tmp_path / "run"))
 

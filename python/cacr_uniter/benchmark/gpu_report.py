@@ -23,6 +23,7 @@ from pathlib import Path
 
 from cacr_uniter.benchmark.results import REPORT
 from cacr_uniter.errors import UserError
+from cacr_uniter.files import write_json
 
 BUDGET = 520.0
 """Seconds of the whole report: under nine minutes."""
@@ -244,7 +245,7 @@ def report(stages: Sequence[str], out: Path, budget: float, say: Callable[[str],
         except (UserError, OSError) as error:
             outcomes[name] = {"outcome": f"failed: {error}"}
         say(f"{name}: {outcomes[name]['outcome']}")
-        (out / REPORT).write_text(json.dumps(outcomes, indent=1) + "\n", encoding="utf-8")
+        write_json(out / REPORT, outcomes, indent=1)
     return outcomes
 
 

@@ -20,6 +20,7 @@ from cacr_uniter.benchmark.machine import provenance
 from cacr_uniter.benchmark.shapes import DTYPES
 from cacr_uniter.benchmark.summary import markdown
 from cacr_uniter.errors import UserError
+from cacr_uniter.files import write_text
 
 BEGIN, END = "<!-- numerics: begin -->", "<!-- numerics: end -->"
 DEFAULT = Path("docs/numerics.md")
@@ -284,6 +285,6 @@ def main(argv: list[str], parser: argparse.ArgumentParser) -> int:
             tables(cases, names, progress, lambda line: print(line, flush=True))
         else:
             made = f"{intro}\n\n{tables(cases, names, progress)}"
-            args.out.write_text(replace_between(before, made, args.out), encoding="utf-8")
+            write_text(args.out, replace_between(before, made, args.out))
             print(f"written to {args.out}")
     return 0

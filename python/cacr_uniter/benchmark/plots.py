@@ -8,6 +8,7 @@ from typing import Any
 
 from cacr_uniter.benchmark.contenders import OURS
 from cacr_uniter.benchmark.results import KERNEL_KEY, Row, newest, read
+from cacr_uniter.files import replacing
 
 CARD_MB = 11000.0
 """Memory of the paper's cards, in 10^6 bytes."""
@@ -41,7 +42,8 @@ def draw(folder: Path) -> list[Path]:
         figure = function(rows, ceilings)
         if figure is not None:
             path = folder / f"{name}.png"
-            figure.savefig(path, dpi=110, metadata={"Software": None})
+            with replacing(path) as partial:
+                figure.savefig(partial, dpi=110, format="png", metadata={"Software": None})
             drawn.append(path)
     return drawn
 

@@ -16,7 +16,7 @@ Task = tuple[str, dict[str, Any]]
 Row = dict[str, Any]
 
 MALLOC_RETURNS = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072", "CACR_CPU_KEEP_MB": "0"}
-"""glibc and the CPU kernels give large blocks back when they are freed, so that the process's memory is what is in use."""
+"""glibc and the CPU kernels give freed blocks back at once, so that the process's memory is what is in use."""
 
 
 def run_tasks(

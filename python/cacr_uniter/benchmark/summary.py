@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from cacr_uniter.benchmark.goals import GOALS_HEAD, goals
 from cacr_uniter.benchmark.results import KERNEL_KEY, REPORT, SHAPE, TRAINING_KEY, Row, newest, read
+from cacr_uniter.files import parse_json, write_text
 
 KERNEL_HEAD = (
     *("shape", "dtype", "from", "kind", "contender", "forward ms", "backward ms", "both ms", "p20-p80"),
@@ -113,7 +113,7 @@ def report_table(path: Path) -> str:
     """What became of the stages of `cacr bench gpu-report`; empty if there was none."""
     if not path.is_file():
         return ""
-    stages = json.loads(path.read_text(encoding="utf-8"))
+    stages = parse_json(path.read_text(encoding="utf-8"))
     lines = [
         [name, *(str(found.get(key, "")) for key in ("outcome", "seconds", "tests"))] for name, found in stages.items()
     ]
@@ -151,7 +151,7 @@ def write_summary(folder: Path, pictures: Iterable[Path]) -> Path:
     if training:
         parts += ["## Training", training_table(training)]
     path = folder / "README.md"
-    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    write_text(path, "\n\n".join(parts) + "\n")
     return path
 
 

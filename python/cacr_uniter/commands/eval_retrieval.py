@@ -21,7 +21,7 @@ def main(argv: list[str]) -> int:
     report = evaluate(args, rank, processes)
     if report is None:
         return 0
-    from cacr_uniter.data.lmdb_store import write_json
+    from cacr_uniter.files import write_json
 
     write_json(args.out / "recall.json", report)
     if args.json:

@@ -7,7 +7,6 @@ the record `__keys__` is the JSON list of names. The box counts lie beside the f
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ from cacr_uniter.data import codec
 from cacr_uniter.data.box_rule import BoxRule
 from cacr_uniter.data.lmdb_store import Reader, read_json
 from cacr_uniter.errors import UserError
+from cacr_uniter.files import parse_json
 
 KEYS_RECORD = "__keys__"
 
@@ -115,7 +115,7 @@ class ImageDB:
         if KEYS_RECORD not in self._reader:
             return [key for key in self._reader.all_keys() if key != KEYS_RECORD]
         try:
-            names = json.loads(self._reader.get(KEYS_RECORD))
+            names = parse_json(self._reader.get(KEYS_RECORD))
         except ValueError as error:
             raise UserError(f"image database {self.folder}: record {KEYS_RECORD!r} is damaged ({error})") from error
         return [str(name) for name in names]

@@ -11,7 +11,8 @@ import numpy as np
 from cacr_uniter.data import codec
 from cacr_uniter.data.box_rule import BoxRule
 from cacr_uniter.data.image_db import KEYS_RECORD
-from cacr_uniter.data.lmdb_store import Writer, write_json
+from cacr_uniter.data.lmdb_store import Writer
+from cacr_uniter.files import parse_json, write_json
 
 COUNTS_LOG = "counts.jsonl"
 
@@ -64,7 +65,7 @@ class ImageDBWriter:
             return counts
         for line in self._log_path.read_text(encoding="utf-8").splitlines():
             try:
-                name, count = json.loads(line)
+                name, count = parse_json(line)
             except ValueError:
                 break
             if self._writer.get(name) is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import threading
@@ -14,6 +13,7 @@ from typing import Any
 import lmdb
 
 from cacr_uniter.errors import UserError
+from cacr_uniter.files import parse_json
 
 COMMIT_EVERY = 1000
 COMMIT_BYTES = 1 << 26
@@ -41,23 +41,13 @@ def read_json(path: Path, what: str) -> Any:
         UserError: missing, unreadable or damaged; the message names `what`.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{what}: {path} is missing; is this a whole database folder?") from error
     except OSError as error:
         raise UserError(f"{what}: {path} cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{what}: {path} is not valid JSON ({error}); copy or create the database again") from error
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file whole or not at all: a neighbour first, then a rename."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as stream:
-        json.dump(value, stream, ensure_ascii=False)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(path)
 
 
 class Reader:

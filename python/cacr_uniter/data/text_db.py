@@ -11,8 +11,9 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from cacr_uniter.data import codec
-from cacr_uniter.data.lmdb_store import Reader, Writer, read_json, write_json
+from cacr_uniter.data.lmdb_store import Reader, Writer, read_json
 from cacr_uniter.errors import UserError
+from cacr_uniter.files import write_json
 
 SPECIAL_IDS = ("CLS", "SEP")
 PUBLISHED_VOCABULARY = 28996

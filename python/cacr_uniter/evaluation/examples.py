@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import Any
 from cacr_uniter.data.names import WINOGROUND
 from cacr_uniter.errors import UserError
 from cacr_uniter.evaluation.winoground import by_value
+from cacr_uniter.files import parse_json
 
 BREAKDOWNS = ("split", "collapsed_tag", "num_main_preds", "secondary_tag", "tag", "difficulty")
 """Names of the breakdowns, without the countings of secondary tags."""
@@ -54,7 +54,7 @@ def _read_rows(path: Path) -> list[Any]:
         if path.suffix == ".parquet":
             return _parquet_rows(path)
         text = path.read_text(encoding="utf-8")
-        rows = json.loads(text) if path.suffix == ".json" else [json.loads(x) for x in text.split("\n") if x.strip()]
+        rows = parse_json(text) if path.suffix == ".json" else [parse_json(x) for x in text.split("\n") if x.strip()]
     except OSError as error:
         raise UserError(f"examples {path}: cannot be read ({error.strerror or error})") from error
     except ValueError as error:
@@ -101,7 +101,7 @@ def read_difficulty(path: Path) -> dict[str, list[str]]:
         UserError: missing, damaged, or no map from ids to lists of words.
     """
     try:
-        tags = json.loads(path.read_text(encoding="utf-8"))
+        tags = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"difficulty tags {path}: cannot be read ({error.strerror})") from error
     except ValueError as error:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from cacr_uniter.data.dataset import RetrievalDataset
 from cacr_uniter.errors import UserError
 from cacr_uniter.evaluation.scoring import Head, head_scores
+from cacr_uniter.files import parse_json, replacing
 from cacr_uniter.model.uniter import UniterForRetrieval
 from cacr_uniter.training.source import PairSource
 
@@ -76,16 +77,15 @@ def open_parts(folder: Path, identity: Identity) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            before = json.loads(path.read_text(encoding="utf-8"))
+            before = parse_json(path.read_text(encoding="utf-8"))
             changed = [name for name, value in wanted.items() if before.get(name) != value]
             if changed:
                 raise UserError(
                     f"--out: {folder} holds scores of another run (different {', '.join(changed)}); give another folder"
                 )
             return
-        partial = path.with_name(f"{IDENTITY}.{os.getpid()}")
-        partial.write_text(json.dumps(wanted), encoding="utf-8")
-        partial.replace(path)
+        with replacing(path, f".{os.getpid()}") as partial:
+            partial.write_text(json.dumps(wanted), encoding="utf-8")
     except (OSError, ValueError) as error:
         raise UserError(f"--out: {folder} cannot be used ({error})") from error
 
@@ -145,13 +145,10 @@ def part_name(number: int) -> str:
 
 
 def _write(path: Path, part: NDArray[np.float32]) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        with partial.open("wb") as stream:
+        with replacing(path, f".{os.getpid()}") as partial, partial.open("wb") as stream:
             np.save(stream, part, allow_pickle=False)
-        partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise UserError(f"--out: {path} could not be written ({error.strerror}); earlier parts are kept") from error
 
 

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cacr_uniter.errors import UserError
+from cacr_uniter.files import parse_json, write_text
 
 CHANCE = {"text": 25.0, "image": 25.0, "group": 100 / 6}
 """Percent right with independent continuous scores: 1/4, 1/4, 1/6."""
@@ -105,9 +106,9 @@ def read_scores(path: Path) -> dict[str, Scores]:
 
 def _score_line(path: Path, number: int, line: str) -> tuple[str, float]:
     try:
-        entry = json.loads(line)
+        entry = parse_json(line)
         label, score = entry["label"], entry["score"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f'score file {path}, line {number}: expected {{"label": "<id>_c<k>_i<j>", "score": x}}, got {line[:60]!r}'
         ) from error
@@ -128,12 +129,7 @@ def write_scores(path: Path, ids: Sequence[str], scores: Scores) -> None:
         for c in (0, 1)
         for i in (0, 1)
     )
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_text(path, "\n".join(lines) + "\n")
 
 
 def summary(scores: Scores, groups: Mapping[str, Mapping[str, Sequence[int]]] | None = None) -> dict[str, Any]:

@@ -6,7 +6,6 @@ Nothing is downloaded and no pickled code is run.
 from __future__ import annotations
 
 import dataclasses
-import os
 import pickle
 import struct
 import zipfile
@@ -20,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cacr_uniter.errors import UserError
+from cacr_uniter.files import replacing
 from cacr_uniter.model.dialects import to_published
 from cacr_uniter.model.uniter import UniterForRetrieval
 
@@ -217,13 +217,9 @@ def export_safetensors(model: UniterForRetrieval, path: str | Path) -> None:
         UserError: the file cannot be written; an existing file of that name stays as it was.
     """
     path = Path(path)
-    partial = path.with_name(path.name + ".partial")
     state = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
     try:
-        save_file(state, partial, metadata={"format": "pt"})
-        with partial.open("rb") as stream:
-            os.fsync(stream.fileno())
-        partial.replace(path)
+        with replacing(path) as partial:
+            save_file(state, partial, metadata={"format": "pt"})
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
         raise UserError(f"checkpoint {path}: cannot be written ({_first_line(error)})") from error

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 from cacr_uniter.errors import UserError
+from cacr_uniter.files import parse_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +97,7 @@ class UniterConfig:
                 value that the class refuses.
         """
         try:
-            values: Any = json.loads(Path(path).read_text(encoding="utf-8"))
+            values: Any = parse_json(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise UserError(
                 f"model configuration {path}: cannot be read ({error.strerror}); give a UNITER config JSON"

@@ -7,7 +7,6 @@ the one file is written beside and renamed, so that a kill leaves the old weight
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from cacr_uniter.data.lmdb_store import write_json
+from cacr_uniter.files import flush, replacing, write_json
 from cacr_uniter.model import UniterForRetrieval
-from cacr_uniter.training.checkpoint import MODEL, SIZES, flush, plain_tensors, readable_errors
+from cacr_uniter.training.checkpoint import MODEL, SIZES, plain_tensors, readable_errors
 
 BEST = "best"
 #: value of a validation record that is to be large
@@ -56,18 +55,13 @@ class Best:
         value = METRICS[self.metric](record)
         if not value > self.value:
             return False
-        part = self.folder / f".part-{MODEL}"
         header = {"step": str(record["step"]), "metric": self.metric, "value": repr(value)}
         with readable_errors(f"best weights {self.folder}"):
             self.folder.mkdir(parents=True, exist_ok=True)
-            try:
-                write_json(self.folder / SIZES, model.config.to_dict())
-                save_file(plain_tensors(model.state_dict()), part, metadata=header)
-                flush(part)
-                os.replace(part, self.folder / MODEL)
-                flush(self.folder)
-            finally:
-                part.unlink(missing_ok=True)
+            write_json(self.folder / SIZES, model.config.to_dict())
+            with replacing(self.folder / MODEL) as partial:
+                save_file(plain_tensors(model.state_dict()), partial, metadata=header)
+            flush(self.folder)
         self.step, self.value = record["step"], value
         return True
 

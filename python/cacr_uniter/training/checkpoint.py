@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cacr_uniter.errors import UserError
+from cacr_uniter.files import flush, parse_json
 
 FORMAT = 1
 MODEL, OPTIMIZER, SIZES, STATE = "model.safetensors", "optimizer.safetensors", "uniter.json", "state.json"
@@ -215,23 +216,6 @@ def _reason(error: Exception) -> str:
     return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a text file whole or not at all: beside it first, then renamed."""
-    part = path.with_suffix(".part")
-    part.write_text(text, encoding="utf-8")
-    flush(part)
-    os.replace(part, path)
-
-
-def flush(path: Path) -> None:
-    """Waits until a file or folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _remove(path: Path) -> None:
     """Renames before deleting, so that a half deleted folder never looks complete."""
     doomed = path.with_name(f"{PART}old-{path.name}")
@@ -251,7 +235,7 @@ def _damaged(path: Path, reason: str) -> UserError:
 
 def _read_json(path: Path, name: str) -> dict[str, Any]:
     try:
-        value = json.loads((path / name).read_text(encoding="utf-8"))
+        value = parse_json((path / name).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path} is no checkpoint of this program: {name} is missing") from error
     except (OSError, ValueError) as error:

@@ -12,7 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from cacr_uniter.training.checkpoint import readable_errors, write_whole
+from cacr_uniter.files import parse_json, write_text
+from cacr_uniter.training.checkpoint import readable_errors
 from cacr_uniter.training.sizes import show_size, show_time
 
 #: where no terminal can show a bar: shares of the run after which a plain line is printed, and the most seconds between
@@ -26,7 +27,7 @@ def read_log(path: Path, last_step: int) -> list[dict[str, Any]]:
         return records
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except ValueError:
             break
         if record["step"] <= last_step:
@@ -52,7 +53,7 @@ class RunLog:
         path = out / "log.jsonl"
         with readable_errors(f"log {path}"):
             self.history = read_log(path, start)
-            write_whole(path, "".join(json.dumps(record) + "\n" for record in self.history))
+            write_text(path, "".join(json.dumps(record) + "\n" for record in self.history))
             self._file = path.open("a", encoding="utf-8")
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter

@@ -10,8 +10,8 @@ import torch
 import yaml
 from accelerate import Accelerator
 
+from cacr_uniter.files import replacing, write_text
 from cacr_uniter.training.best import Best
-from cacr_uniter.training.checkpoint import write_whole
 from cacr_uniter.training.config import TrainConfig
 from cacr_uniter.training.sizes import show_size, show_time
 
@@ -72,7 +72,7 @@ def write_report(
     lines += [f"![curves]({CURVES})", "", "## Configuration", "", "```yaml"]
     lines += [yaml.safe_dump(config.to_repeat(), sort_keys=False).rstrip(), "```", ""]
     _draw(path.with_name(CURVES), trained, [r for r in history if r["event"] != "train"])
-    write_whole(path, "\n".join(lines))
+    write_text(path, "\n".join(lines))
 
 
 def _show(value: Any) -> str:
@@ -107,4 +107,5 @@ def _draw(path: Path, trained: list[dict[str, Any]], others: list[dict[str, Any]
         axis.set_xlabel("step", fontsize=8)
         axis.tick_params(labelsize=7)
         axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=110, format="png")

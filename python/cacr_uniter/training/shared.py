@@ -8,13 +8,13 @@ with negatives drawn apart, the noise of such one-sided features drowns it. NumP
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from cacr_uniter.errors import UserError
+from cacr_uniter.files import parse_json
 from cacr_uniter.training.config import Half
 from cacr_uniter.training.sampling import Group, Indices, Sampler, counter_generator
 
@@ -44,7 +44,7 @@ def read_contrasts(folder: Path, caption_ids: list[str], image_names: list[str])
     caption_of = {name: number for number, name in enumerate(caption_ids)}
     image_of = {name: number for number, name in enumerate(image_names)}
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = parse_json(path.read_text(encoding="utf-8"))
         found = [
             Contrast(
                 (image_of[entry["images"][0]], image_of[entry["images"][1]]),

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 
 from cacr_uniter.errors import ProcessError, UserError
 from cacr_uniter.evaluation.matrix import weights_digest
+from cacr_uniter.files import write_text
 from cacr_uniter.model import UniterForRetrieval
 from cacr_uniter.training import checkpoint as checkpoints
 from cacr_uniter.training.best import BEST, Best
@@ -192,8 +193,6 @@ def _agree(config: TrainConfig, start: int, model: UniterForRetrieval, accelerat
     other = next((rank for rank, state in enumerate(found) if state != found[0]), None)
     if other is None:
         return
-    # gloo's thread lets go of the gathered objects meanwhile: at the end of the interpreter that would abort the process
-    accelerator.wait_for_everyone()
     if found[other][0] != found[0][0]:
         raise UserError(
             f"process 0 starts at step {found[0][0]} and process {other} at step {found[other][0]}: run.out "
@@ -223,7 +222,7 @@ def _folder(config: TrainConfig, out: Path, accelerator: Accelerator) -> Iterato
                 if config.run.overwrite:
                     _clear(out)
                 checkpoints.prune(out / CHECKPOINTS, config.run.keep)
-                checkpoints.write_whole(out / CONFIG, yaml.safe_dump(config.to_repeat(), sort_keys=False))
+                write_text(out / CONFIG, yaml.safe_dump(config.to_repeat(), sort_keys=False))
         accelerator.wait_for_everyone()
         yield
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from cacr_uniter.data.names import image_namer
 from cacr_uniter.data.text_db import TextDBWriter
 from cacr_uniter.data.tokenize import WordPieceTokenizer
 from cacr_uniter.errors import UserError
+from cacr_uniter.files import parse_json
 
 PUBLISHED_SIZES = {
     "flickr30k": {"train": (29_000, 145_000), "val": (1_014, 5_070), "test": (1_000, 5_000)},
@@ -21,7 +21,7 @@ Progress = Callable[[str, int, int], None]
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"captions {path}: cannot be read ({error.strerror})") from error
     except ValueError as error:

@@ -25,9 +25,10 @@ from cacr_uniter.data.importers.records import (
     sizes_are_swapped,
 )
 from cacr_uniter.data.importers.tsv import ButdTsv, LxmertTsv, VinvlTsv
-from cacr_uniter.data.lmdb_store import read_json, write_json
+from cacr_uniter.data.lmdb_store import read_json
 from cacr_uniter.data.names import image_namer
 from cacr_uniter.errors import UserError
+from cacr_uniter.files import write_json
 
 FORMATS = ("butd-tsv", "lxmert-tsv", "vinvl-tsv", "milvlg-npz", "uniter-npz", "hdf5-fixed", "hdf5-adaptive")
 PROBE = 64

@@ -6,7 +6,6 @@ file.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 from cacr_uniter.data.importers.pickled import read_pickled_data
 from cacr_uniter.data.importers.records import Item, RegionRecord
 from cacr_uniter.errors import UserError
+from cacr_uniter.files import parse_json
 
 
 def _open(path: Path) -> Any:
@@ -36,7 +36,7 @@ def _read_ids(path: Path, ids: Path | None) -> dict[str, int]:
     except OSError as error:
         raise UserError(f"image ids {ids}: cannot be read; give the imgid2idx file of {path.name}") from error
     try:
-        table = json.loads(data) if ids.suffix == ".json" else read_pickled_data(data)
+        table = parse_json(data) if ids.suffix == ".json" else read_pickled_data(data)
         return {str(image): int(row) for image, row in table.items()}
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"image ids {ids}: expected a table of image ids and rows ({error})") from error

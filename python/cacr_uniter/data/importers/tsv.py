@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import binascii
 import contextlib
-import json
 import zlib
 from collections.abc import Iterator
 from functools import partial
@@ -19,6 +18,7 @@ import numpy as np
 
 from cacr_uniter.data.importers.records import Item, RegionRecord
 from cacr_uniter.errors import UserError
+from cacr_uniter.files import parse_json
 
 BUTD_COLUMNS = ("image_id", "image_w", "image_h", "num_boxes", "boxes", "features")
 LXMERT_COLUMNS = (
@@ -186,7 +186,7 @@ class VinvlTsv:
 
     def _load(self, fields: list[str]) -> RegionRecord:
         if len(fields) == 2:
-            values = json.loads(fields[1])
+            values = parse_json(fields[1])
             count, text = int(values["num_boxes"]), str(values["features"])
         else:
             row = _columns(fields, ("image key", "num_boxes", "features"))
@@ -206,7 +206,7 @@ class VinvlTsv:
         with self._labels.open("rb") as stream:
             stream.seek(start)
             fields = stream.read(length).split(b"\t", 1)
-        objects: Any = json.loads(fields[1]) if len(fields) == 2 else None
+        objects: Any = parse_json(fields[1]) if len(fields) == 2 else None
         if isinstance(objects, dict):
             objects = objects.get("objects")
         if not isinstance(objects, list) or len(objects) != count:
