@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from cacr_uniter import cli
+from cacr_uniter.arguments import DefaultsInHelp
 from cacr_uniter.commands import doctor, eval_winoground
 from cacr_uniter.errors import UserError
 
@@ -241,3 +243,13 @@ def test_tables_fit_eighty_columns(capsys: pytest.CaptureFixture[str], monkeypat
     out = capsys.readouterr().out
     assert "Morpheme-Level │ 200 │" in out
     assert "…" not in out
+
+
+def test_help_says_a_default_once(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser(formatter_class=DefaultsInHelp)
+    parser.add_argument("--plain", default=3, help="a number")
+    parser.add_argument("--told", default=None, help="a number (default: the best one)")
+    parser.add_argument("--flag", action="store_true", help="a switch")
+    parser.print_help()
+    said = [line.split("  ")[-1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("  --")]
+    assert said == ["a number (default: 3)", "a number (default: the best one)", "a switch"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,30 @@ from cacr_uniter.training.testing import (
     small_run,
     write_databases,
 )
+
+
+def test_help_explains_every_option(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")  # an option and its text on one line
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    printed = capsys.readouterr().out.split("options:")[1]
+    texts = {entry.split()[0]: " ".join(entry.split()) for entry in re.split(r"\n  (?=--)", printed)[1:]}
+    assert texts["--preset"].split("program: ")[1].split(", ") == presets()
+    for section, values in TrainConfig().as_dict().items():
+        for name in values:
+            text = texts[f"--{section}.{name}"].split("(type:")[0]
+            assert len(re.sub(r"--[\w.+]+,?|\{.*?\}|\b[A-Z_]+\b|\[ITEM,...\]", "", text).split()) >= 2, text
+    headings = [line for line in printed.splitlines() if line and not line.startswith(" ")]
+    assert len(headings) == 7
+    assert all(heading.endswith(":") and ". " not in heading for heading in headings)
+
+
+def test_a_preset_is_no_field_of_the_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--preset", "demo", "--print_config"])
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert "preset" not in printed
+    assert printed["optim"]["steps"] == load_config("demo").optim.steps
 
 
 @pytest.mark.parametrize(

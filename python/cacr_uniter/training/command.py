@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
-from argparse import ArgumentError
+from argparse import SUPPRESS, ArgumentError
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -68,10 +68,12 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="cacr train",
         description="Fine-tunes UNITER on caption-image pairs, with or without an auxiliary loss on its attention. "
-        f"--preset NAME takes a configuration of the program ({', '.join(presets())}); presets, YAML files and single "
-        "fields may be mixed, later ones replace earlier ones.",
+        "Presets, YAML files and single fields may be mixed, later ones replace earlier ones.",
         exit_on_error=False,
     )
+    # only for the help: _expand_presets has replaced it before this parser reads the words
+    names = ", ".join(presets())
+    parser.add_argument("--preset", metavar="NAME", default=SUPPRESS, help=f"a configuration of the program: {names}")
     parser.add_argument(
         "--config",
         action="config",

@@ -56,8 +56,12 @@ class ModelConfig:
         size: ``base``, ``large``, or the path of a JSON file with the published keys.
         checkpoint: local weights to start from (any dialect the loader knows, or a folder written by ``cacr train``);
             none starts from random weights.
-        hidden_size, num_hidden_layers, num_attention_heads, intermediate_size: replace those of ``size``.
-        vocab_size, img_dim: replace those of ``size``; by default the data says.
+        hidden_size: width of a layer, replaces that of ``size``, as the next three do.
+        num_hidden_layers: layers of the encoder.
+        num_attention_heads: heads of a layer.
+        intermediate_size: width inside a feed-forward block.
+        vocab_size: word pieces of the vocabulary; by default the data says.
+        img_dim: numbers of a region's feature; by default the data says.
         initializer_range: deviation of random weights, replaces that of ``size``; small models need more than 0.02.
         dropout: probability of every dropout.
         freeze_layers: the embeddings and the first so many layers are not trained, and no activation is kept for them;
@@ -124,9 +128,11 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class AuxConfig:
-    """The auxiliary loss on the attention of the pairs. Every ambiguity of the paper is a field; the defaults
-    are what its authors most probably ran, being those of the IAIS code wherever the paper says nothing else. ``kind``,
-    ``row_reduction``, ``stop_gradient``, ``projection_scale`` and ``backend`` belong to ``cacr`` alone.
+    """The auxiliary loss on the attention of the pairs.
+
+    Every ambiguity of the paper is a field; the defaults are what its authors most probably ran, being those of the
+    IAIS code wherever the paper says nothing else. ``kind``, ``row_reduction``, ``stop_gradient``, ``projection_scale``
+    and ``backend`` belong to ``cacr`` alone.
 
     Args:
         loss: ``cacr`` (Eq. 6), ``iais-singular``, ``iais-distributed`` or ``none``.
@@ -181,7 +187,9 @@ class OptimConfig:
         decay: shape after the warm-up: ``linear`` (published) or ``constant``.
         steps: optimizer steps T.
         warmup: steps w of the warm-up.
-        weight_decay: decoupled.
+        betas: decay of the running mean of the gradient and of its square.
+        eps: added to the root of the latter.
+        weight_decay: decoupled from the gradient (AdamW).
         decay_rule: ``reference`` exempts names that contain ``bias``, ``LayerNorm.weight`` or ``LayerNorm.bias`` (two
             image norms are decayed, as published); ``norms-exempt`` exempts every bias and norm.
         clip: largest L2 norm of the whole gradient; 0 switches clipping off.
