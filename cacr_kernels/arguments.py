@@ -141,7 +141,7 @@ def parse_spans(
         _bound(n_vision, max_n_vision, limit_vision),
         table,
     )
-    if table.device.type == "cpu" and not torch.compiler.is_compiling():
+    if type(table) is Tensor and table.device.type == "cpu" and not torch.compiler.is_compiling():  # no fake tensor
         _check_table(bounded, limit_text, limit_vision, joint)
     return bounded
 

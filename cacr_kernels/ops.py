@@ -130,7 +130,7 @@ class _Congruence(torch.autograd.Function):
         if torch.compiler.is_compiling():  # compiled graphs refuse a second derivative by themselves
             _, backward = _operators(ctx.variant)
             gradients = backward(grad_loss, inputs, saved, table, *ctx.problem)
-        elif _holds_gradients(ctx.problem, saved) and not torch.is_grad_enabled() and not _graph_is_kept():
+        elif _holds_gradients(ctx.problem, grad_loss, saved) and not torch.is_grad_enabled() and not _graph_is_kept():
             # nobody will ask for the saved gradients again: they become the result, without a copy
             *_, expected_grad, _, backend = ctx.problem
             gradients = _backend(backend).rescale_(saved, grad_loss, expected_grad)
@@ -139,8 +139,9 @@ class _Congruence(torch.autograd.Function):
         return None, None, None, None, *(g if w else None for g, w in zip(gradients, ctx.needs_input_grad[4:]))
 
 
-def _holds_gradients(problem: tuple[Any, ...], saved: list[Tensor]) -> bool:
-    return problem[-1] == "cpu" and bool(saved)
+def _holds_gradients(problem: tuple[Any, ...], grad_loss: Tensor, saved: list[Tensor]) -> bool:
+    """Whether gradients were saved, and all are tensors with numbers (not fake ones, which only the operators know)."""
+    return problem[-1] == "cpu" and bool(saved) and all(type(x) is Tensor for x in (grad_loss, *saved))
 
 
 def _graph_is_kept() -> bool:

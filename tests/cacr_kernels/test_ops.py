@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from cacr_kernels import fused_cacr, fused_cacr_qk, native
@@ -125,6 +126,24 @@ def test_the_expected_grad_output_costs_no_pass_over_the_gradient(monkeypatch):
     loss = fused_cacr(attn, 4, reduction="none", backend="cpu")
     loss.backward(torch.tensor([[1.0, 1.0, 2.0], [1.0, 0.0, 1.0]]))
     assert scaled == [0, 0, 6, 2]
+
+
+@pytest.mark.parametrize("spans", ["numbers", "tensors"])
+def test_fake_tensors(backend, device, spans):
+    """Shapes without numbers, as torch.compile and memory planners run it: nothing looks at the spans or the data."""
+    if backend == "cuda":
+        pytest.skip("from q and k there is no 'cuda'; its operators are those of the others")
+    with FakeTensorMode():
+        numbers = (4, 3) if spans == "numbers" else tuple(torch.tensor([x, x], device=device) for x in (4, 3))
+        bounds = {"vision_start": numbers[0], "n_vision": numbers[1], "max_n_text": 4, "max_n_vision": 3}
+        attn = torch.randn(2, 3, 9, 9, device=device, requires_grad=True)
+        fused_cacr(attn, numbers[0], backend=backend, **bounds).backward()
+        q, k = (torch.randn(2, 3, 9, 16, device=device, requires_grad=True) for _ in range(2))
+        fused_cacr_qk(q, k, numbers[0], backend=backend, **bounds).backward()
+        (fused_cacr(attn, numbers[0], backend=backend, **bounds) * 0.3).backward()
+    for x in (attn, q, k):
+        assert type(x.grad) is type(x)
+        assert x.grad.shape == x.shape
 
 
 def test_frozen_inputs_and_no_grad(backend, device):
