@@ -26,9 +26,9 @@ from cacr_uniter.data.importers.testing import (
     vinvl_tsv,
 )
 from cacr_uniter.data.lmdb import BoxRule, ImageDB
-from cacr_uniter.data.lmdb_store import write_json
 from cacr_uniter.data.names import image_namer
 from cacr_uniter.errors import UserError
+from cacr_uniter.files import write_json
 
 Maker = Callable[[Path], Path]
 CASES: dict[str, tuple[str, Maker, bool]] = {
