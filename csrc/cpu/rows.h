@@ -32,19 +32,34 @@ struct RowTerms {
 // Rows that go through each pass together, so that their partial results are reduced all at once.
 constexpr int kRowGroup = 8;
 
-// Quantities of the rows of a group: vectors of partial results, and what they reduce to.
+// Quantities of the rows of a group. Long vectors of partial results wait for those of the other rows: reduced all at once they
+// take half the shuffles. Shorter ones are reduced as they come.
 template <typename T, int Quantities>
 struct RowGroup {
-    Vec<T> partial[Quantities][kRowGroup];
+    static constexpr bool kAtOnce = kLanes<T> > kRowGroup;
+
+    Vec<T> partial[Quantities][kAtOnce ? kRowGroup : 1];
     alignas(CACR_VECTOR_BYTES) T value[Quantities][kRowGroup];
 
+    // Quantity q of row i, of which v holds the partial results. combine(a, b) of vectors of any length, and of numbers.
     template <typename F>
-    CACR_INLINE void reduce(F&& combine) {
-        static_assert(Quantities * kRowGroup % kLanes<T> == 0, "whole vectors of results");
-        unrolled<Quantities * kRowGroup / kLanes<T>>([&](auto i) __attribute__((always_inline)) {
-            constexpr int first = i * kLanes<T>;
-            store(&value[first / kRowGroup][first % kRowGroup], fold_all<T>(&partial[first / kRowGroup][first % kRowGroup], combine));
-        });
+    CACR_INLINE void put(int q, int i, Vec<T> v, F&& combine) {
+        if constexpr (kAtOnce)
+            partial[q][i] = v;
+        else
+            value[q][i] = fold<T, kLanes<T>>(v, combine, typename MakeIndices<kLanes<T> / 2>::type{});
+    }
+
+    // After the last row.
+    template <typename F>
+    CACR_INLINE void finish(F&& combine) {
+        if constexpr (kAtOnce) {
+            static_assert(Quantities * kRowGroup % kLanes<T> == 0, "whole vectors of results");
+            unrolled<Quantities * kRowGroup / kLanes<T>>([&](auto i) __attribute__((always_inline)) {
+                constexpr int first = i * kLanes<T>;
+                store(&value[first / kRowGroup][first % kRowGroup], fold_all<T>(&partial[first / kRowGroup][first % kRowGroup], combine));
+            });
+        }
     }
 
     // l_x, l_y, sum_j exp(x_j - m_x) d_j, sum_j exp(Y_j - m_y) d_j become 1 / l_x, 1 / l_y, E_p[d], E_q[d].
@@ -56,6 +71,9 @@ struct RowGroup {
         }
     }
 };
+
+constexpr auto kSum = [](auto a, auto b) __attribute__((always_inline)) { return a + b; };
+constexpr auto kMaximum = [](auto a, auto b) __attribute__((always_inline)) { return a > b ? a : b; };
 
 // Maxima of factor x and Y over row i of a group; kind probs leaves Y in e.
 template <typename T, bool Probs>
@@ -73,8 +91,8 @@ CACR_INLINE void row_maxima(const RowTerms<T, Probs>& terms, const T* x, const T
         max_x = larger<T>(select<T>(lanes, load(x + j) * terms.factor, splat(lowest)), max_x);
         max_y = larger<T>(select<T>(lanes, vy, splat(lowest)), max_y);
     });
-    maxima.partial[0][i] = max_x;
-    maxima.partial[1][i] = max_y;
+    maxima.put(0, i, max_x, kMaximum);
+    maxima.put(1, i, max_y, kMaximum);
 }
 
 // Leaves exp(x - m_x) in x, exp(Y - m_y) in e and d = (x - m_x) - (y - m_y) in d; the sums of both exponentials, and of d times each.
@@ -98,10 +116,10 @@ CACR_INLINE void row_sums(const RowTerms<T, Probs>& terms, T* x, const T* logits
         store(e + j, ey);
         store(d + j, diff);
     });
-    sums.partial[0][i] = sum_x;
-    sums.partial[1][i] = sum_y;
-    sums.partial[2][i] = dot_x;
-    sums.partial[3][i] = dot_y;
+    sums.put(0, i, sum_x, kSum);
+    sums.put(1, i, sum_y, kSum);
+    sums.put(2, i, dot_x, kSum);
+    sums.put(3, i, dot_y, kSum);
 }
 
 // Symmetric KL of the row from exponentials and d: sum_j (p_j - q_j)(d_j - c), c the middle of E_p[d] and E_q[d]. The constant
@@ -141,24 +159,18 @@ static double compare_rows(const RowTerms<T, Probs>& terms, i64 rows, i64 ld, T*
     RowGroup<T, 2> maxima = {};
     RowGroup<T, 4> sums = {};
     Vec<double> loss = {};
-    auto fetch = [&](const T* row) __attribute__((always_inline)) {
-        for (i64 j = 0; kPrefetch && j < terms.n; j += kLanes<T>) __builtin_prefetch(row + j, 1, 3);
-    };
     for (i64 first = 0; first < rows; first += kRowGroup) {
         const i64 count = rows - first < kRowGroup ? rows - first : kRowGroup;
         for (i64 i = 0; i < count; ++i) {
             const i64 at = (first + i) * ld;
             row_maxima<T, Probs>(terms, x + at, y + at, e + i * ld, maxima, (int)i);
         }
-        maxima.reduce([](auto a, auto b) __attribute__((always_inline)) { return larger<T>(a, b); });
+        maxima.finish(kMaximum);
         for (i64 i = 0; i < count; ++i) {
-            const i64 at = (first + i) * ld, next = at + kRowGroup * ld;
-            fetch(x + next);
-            fetch(y + next);
-            if (terms.grad_y != GradY::none) fetch(grad_y + at);
+            const i64 at = (first + i) * ld;
             row_sums<T, Probs>(terms, x + at, Probs ? e + i * ld : y + at, e + i * ld, d + i * ld, maxima, sums, (int)i);
         }
-        sums.reduce([](auto a, auto b) __attribute__((always_inline)) { return a + b; });
+        sums.finish(kSum);
         sums.normalise();
         for (i64 i = 0; i < count; ++i) {
             const i64 at = (first + i) * ld;

@@ -29,10 +29,6 @@ using Vec = typename VectorOf<T>::type;
 template <typename T>
 using IntVec = typename VectorOf<T>::integer;
 
-// With AVX-512 products leave room for prefetches, of what they will store and of the next problem (Zen 4 and 5: 10 % less time where
-// memory is new, 3 % more where all is in the cache); with AVX2 (Zen 3) these cost 2 to 10 %.
-constexpr bool kPrefetch = CACR_VECTOR_BYTES == 64;
-
 // Lanes of a vector.
 template <typename T>
 constexpr int kLanes = CACR_VECTOR_BYTES / (int)sizeof(T);
