@@ -6,6 +6,7 @@ import importlib.util
 import os
 import re
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -15,6 +16,8 @@ BACKENDS = ("triton", "cuda", "cpu", "reference")
 
 #: largest head size of fused_cacr_qk on the backend triton
 LARGEST_HEAD = 256
+#: compute capabilities of Jetson modules, which do not run the machine code of other cards of their generation
+_JETSON = ((5, 3), (6, 2), (7, 2), (8, 7))
 #: oldest compute capability on which Triton uses tensor cores
 _TRITON_CAPABILITY = (8, 0)
 
@@ -30,12 +33,7 @@ class BackendStatus:
 
 def backends() -> dict[str, BackendStatus]:
     """State of every backend on this machine: triton, cuda, cpu, reference. Never raises."""
-    return {
-        "triton": _triton_status(),
-        "cuda": _cuda_status(),
-        "cpu": _native_status("cpu"),
-        "reference": BackendStatus(True, details=f"PyTorch {torch.__version__}, any device and float dtype"),
-    }
+    return {name: status() for name, status in _STATUS.items()}
 
 
 def interpreting() -> bool:
@@ -43,24 +41,29 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def _native_status(name: str) -> BackendStatus:
+def _reference_status() -> BackendStatus:
+    return BackendStatus(True, details=f"PyTorch {torch.__version__}, any device and float dtype")
+
+
+def _cpu_status() -> BackendStatus:
     from . import native
 
-    available, reason, details = native.status()[name]
-    return BackendStatus(available, reason, details)
+    return BackendStatus(*native.cpu_status())
 
 
 def _triton_status() -> BackendStatus:
     if importlib.util.find_spec("triton") is None:
         return BackendStatus(False, "the package triton is not installed (pip install triton)")
-    import triton
-
+    try:
+        import triton
+    except Exception as error:  # whatever a broken installation raises
+        return BackendStatus(False, f"the package triton cannot be imported ({_first_line(error)})")
     version = f"Triton {triton.__version__}"
     if interpreting():
         return BackendStatus(True, details=f"{version}, interpreted on the CPU (TRITON_INTERPRET=1): for tests")
-    if not torch.cuda.is_available():
-        return BackendStatus(False, "no CUDA GPU is visible to PyTorch", version)
-    capabilities = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    capabilities, reason = _capabilities()
+    if reason:
+        return BackendStatus(False, reason, version)
     if max(capabilities) < _TRITON_CAPABILITY:
         best = ".".join(map(str, max(capabilities)))
         return BackendStatus(False, f"Triton needs compute capability 8.0, this GPU has {best}: use 'cuda'", version)
@@ -68,13 +71,38 @@ def _triton_status() -> BackendStatus:
 
 
 def _cuda_status() -> BackendStatus:
-    status = _native_status("cuda")
+    from . import native
+
+    status = BackendStatus(*native.cuda_status())
     if not status.available:
         return status
-    if not torch.cuda.is_available():
-        return BackendStatus(False, "no CUDA GPU is visible to PyTorch", status.details)
-    reasons = [_built_for_others(torch.cuda.get_device_capability(i)) for i in range(torch.cuda.device_count())]
+    capabilities, reason = _capabilities()
+    if reason:
+        return BackendStatus(False, reason, status.details)
+    reasons = [_built_for_others(capability) for capability in capabilities]
     return status if "" in reasons else BackendStatus(False, reasons[0], status.details)
+
+
+def _capabilities() -> tuple[list[tuple[int, int]], str]:
+    """Those of all GPUs, or why there are none. Asking initialises CUDA, which a forked process may be unable to."""
+    try:
+        found = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    except RuntimeError as error:
+        return [], _first_line(error)
+    return found, "" if found and torch.cuda.is_available() else "no CUDA GPU is visible to PyTorch"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+#: asked one by one: that of a GPU's backends initialises CUDA
+_STATUS: dict[str, Callable[[], BackendStatus]] = {
+    "triton": _triton_status,
+    "cuda": _cuda_status,
+    "cpu": _cpu_status,
+    "reference": _reference_status,
+}
 
 
 def _holds_code_for(capability: tuple[int, int], architectures: str) -> bool:
@@ -82,13 +110,15 @@ def _holds_code_for(capability: tuple[int, int], architectures: str) -> bool:
 
     Machine code (real, or no suffix) runs on the same major version from its minor version on, PTX (virtual, or no
     suffix) on everything as new; a name ending in "a" means that capability alone. Groups such as "all" are believed.
+    Machine code for a Jetson serves it alone, and it takes no other.
     """
     for name in architectures.split():
         found = re.fullmatch(r"(\d+)(\d)([af]?)(-real|-virtual)?", name)
         if found is None:
             return True
         target, only, code = (int(found[1]), int(found[2])), found[3], found[4]
-        same_major = capability[0] == target[0] and capability >= target
+        jetson = capability in _JETSON or target in _JETSON
+        same_major = capability[0] == target[0] and (capability == target if jetson else capability >= target)
         if only == "a":
             serves = capability == target
         elif only == "f" or code == "-real":
@@ -120,7 +150,7 @@ def _why_not(
     """The empty string if ``backend`` can serve this input, else the reason it cannot."""
     if backend == "reference":
         return ""
-    status = backends()[backend]
+    status = _STATUS[backend]()
     if not status.available:
         return status.reason
     if backend == "cpu":
@@ -140,8 +170,6 @@ def _why_not(
         return "it computes fused_cacr only; fused_cacr_qk runs on 'triton', 'cpu' and 'reference'"
     if backend == "cuda" and (reason := _built_for_others(capability)):
         return reason
-    if backend == "cuda" and dtype == torch.bfloat16 and capability < (8, 0):
-        return f"bfloat16 needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
     return ""
 
 

@@ -1,7 +1,8 @@
 """Backends "cpu" and "cuda": tensors become pointers and strides for the C++ module ``cacr_kernels._native``.
 
 The module is optional and knows nothing of torch. ``cpu`` and ``cuda`` offer the four functions of every backend
-(scores_forward, scores_backward, qk_forward, qk_backward); :func:`status` says which can run and why one cannot.
+(scores_forward, scores_backward, qk_forward, qk_backward); :func:`cpu_status` and :func:`cuda_status` say whether they
+can run, and why not.
 """
 
 from __future__ import annotations
@@ -51,19 +52,32 @@ def build_info() -> dict[str, Any]:
     return {} if _native is None else dict(_native.build_info())
 
 
-def status() -> dict[str, tuple[bool, str, str]]:
-    """``{"cpu": ..., "cuda": ...}``, each (can run, one-line reason why not, details). Never raises."""
+Status = tuple[bool, str, str]
+"""(can run, one-line reason why not, details)."""
+
+
+def cpu_status() -> Status:
+    """State of backend "cpu". Never raises."""
     if _native is None:
-        missing = (False, f"the native module is missing ({_import_error}): {_REBUILD}", "")
-        return {"cpu": missing, "cuda": missing}
+        return _missing()
     info = build_info()
     threads = "OpenMP" if info["openmp"] else "one thread: built without OpenMP"
-    cpu = (True, "", f"{info['instruction_set']}, {threads}, {info['compiler']}")
+    return True, "", f"{info['instruction_set']}, {threads}, {info['compiler']}"
+
+
+def cuda_status() -> Status:
+    """State of backend "cuda": asks the driver for devices. Never raises."""
+    if _native is None:
+        return _missing()
+    info = build_info()
     if not info["cuda"]:
-        return {"cpu": cpu, "cuda": (False, f"built without CUDA: {info['cuda_reason']}", "")}
-    details = f"{info['cuda_compiler']} for {info['cuda_architectures']}"
+        return False, f"built without CUDA: {info['cuda_reason']}", ""
     count, reason = _native.cuda_devices()
-    return {"cpu": cpu, "cuda": (count > 0, reason, details)}
+    return count > 0, reason, f"{info['cuda_compiler']} for {info['cuda_architectures']}"
+
+
+def _missing() -> Status:
+    return False, f"the native module is missing ({_import_error}): {_REBUILD}", ""
 
 
 def cpu_rates(seconds: float = 0.4) -> tuple[float, float] | None:

@@ -19,6 +19,7 @@ class DeviceScope {
         error_ = cudaGetDevice(&previous_);
         changes_ = error_ == cudaSuccess && previous_ != device;
         if (changes_) error_ = cudaSetDevice(device);
+        if (error_ != cudaSuccess) cudaGetLastError();  // told here, not of the next launch
     }
     ~DeviceScope() {
         if (changes_) cudaSetDevice(previous_);

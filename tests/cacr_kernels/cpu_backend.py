@@ -13,7 +13,7 @@ from cacr_kernels.problem import Options, Spans
 from cacr_kernels.reference.closed_form import scores_reference
 from cacr_kernels.testing import relative_error
 
-STATUS = native.status()["cpu"]
+STATUS = native.cpu_status()
 NEEDS_CPU = pytest.mark.skipif(not STATUS[0], reason=STATUS[1])
 
 INSTRUCTION_SETS = native.build_info().get("instruction_sets", [""])

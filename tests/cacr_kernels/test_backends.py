@@ -21,7 +21,8 @@ def gpus(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: capabilities[index or 0])
-        monkeypatch.setattr(native, "status", lambda: {"cuda": (True, "", architectures), "cpu": (True, "", "")})
+        monkeypatch.setattr(native, "cuda_status", lambda: (True, "", architectures))
+        monkeypatch.setattr(native, "cpu_status", lambda: (True, "", ""))
         monkeypatch.setattr(native, "build_info", lambda: {"cuda_architectures": architectures})
         monkeypatch.setitem(sys.modules, "triton", importlib.import_module("types").SimpleNamespace(__version__="0"))
         monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: name)
@@ -40,10 +41,12 @@ def gpus(monkeypatch):
     [
         (
             GENERATIONS,
-            [(7, 5), (8, 0), (8, 7), (8, 9), (9, 0), (10, 3), (12, 0), (12, 1), (13, 0)],
-            [(6, 1), (7, 0), (11, 0)],
+            [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 3), (12, 0), (12, 1), (13, 0)],
+            [(6, 1), (7, 0), (8, 7), (11, 0)],
         ),
-        ("61-real 70-real 75-real", [(6, 1), (6, 2), (7, 0), (7, 2), (7, 5)], [(5, 2), (6, 0), (8, 0)]),
+        ("61-real 70-real 75-real", [(6, 1), (7, 0), (7, 5)], [(5, 2), (6, 0), (6, 2), (7, 2), (8, 0)]),
+        ("87-real", [(8, 7)], [(8, 0), (8, 9), (7, 2)]),
+        ("80-virtual", [(8, 0), (8, 7), (9, 0)], [(7, 5)]),
         ("86", [(8, 6), (8, 9), (9, 0)], [(8, 0), (7, 5)]),
         ("90a-real", [(9, 0)], [(8, 9), (10, 0)]),
         ("90a-virtual", [(9, 0)], [(10, 0)]),
@@ -79,7 +82,7 @@ def test_each_gpu_is_judged_by_itself(gpus):
     ("capability", "variant", "dtype", "chosen"),
     [
         ((7, 5), "scores", torch.float32, "cuda"),
-        ((7, 5), "scores", torch.bfloat16, "reference"),
+        ((7, 5), "scores", torch.bfloat16, "cuda"),
         ((7, 5), "qk", torch.float32, "reference"),
         ((8, 0), "scores", torch.bfloat16, "triton"),
         ((8, 6), "qk", torch.float32, "triton"),
@@ -89,3 +92,32 @@ def test_each_gpu_is_judged_by_itself(gpus):
 def test_what_auto_takes(gpus, capability, variant, dtype, chosen):
     gpus(capability)
     assert module.choose("auto", variant, "cuda", 0, dtype) == chosen
+
+
+def refuse(*_, **__):
+    raise RuntimeError("Cannot re-initialize CUDA in forked subprocess.\nUse another start method")
+
+
+def test_tensors_on_a_cpu_leave_cuda_alone(gpus, monkeypatch):
+    gpus((8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", refuse)
+    monkeypatch.setattr(native, "cuda_status", refuse)
+    monkeypatch.setattr(module, "_triton_status", refuse)
+    for backend in ("auto", "cpu"):
+        assert module.choose(backend, "scores", "cpu", None, torch.float32) == "cpu"
+
+
+def test_a_process_that_cannot_start_cuda_is_told_so(gpus, monkeypatch):
+    gpus((8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", refuse)
+    states = module.backends()
+    assert {name for name, state in states.items() if state.available} == {"cpu", "reference"}
+    assert {states[name].reason for name in ("triton", "cuda")} == {"Cannot re-initialize CUDA in forked subprocess."}
+
+
+def test_a_triton_that_cannot_be_imported_is_one_missing_backend(gpus, monkeypatch):
+    gpus((8, 0))
+    monkeypatch.setitem(sys.modules, "triton", None)
+    states = module.backends()
+    assert states["triton"].reason.startswith("the package triton cannot be imported (")
+    assert module.choose("auto", "scores", "cuda", 0, torch.float32) == "cuda"

@@ -14,7 +14,7 @@ import torch
 from cacr_kernels import fused_cacr, fused_cacr_qk, native
 from cacr_kernels.testing import make_scores
 
-STATUS = native.status()["cpu"]
+STATUS = native.cpu_status()
 pytestmark = pytest.mark.skipif(not STATUS[0], reason=STATUS[1])
 
 MEGABYTE = 1 << 20
