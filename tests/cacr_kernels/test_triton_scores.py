@@ -48,6 +48,8 @@ def path(request, monkeypatch):
     if request.param == "large":
         monkeypatch.setattr(host, "BUCKETS", ())
     if request.param.startswith("whole"):
+        if DEVICE == "cuda":
+            pytest.skip("a GPU's own plan says which sides are held whole: this is 'small' once more")
         monkeypatch.setattr(host, "INTERPRETER", replace(host.INTERPRETER, whole=request.param.removeprefix("whole ")))
     if request.param == "whole logits" and DEVICE == "cpu":
         # its passes form X in tiles of different sizes, whose products numpy would sum in different orders

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from cacr_uniter import cli
 from cacr_uniter.arguments import DefaultsInHelp
@@ -186,6 +187,19 @@ def test_doctor_tells_what_to_do() -> None:
     up = {name: {"available": True, "reason": "", "details": ""} for name in down}
     assert doctor._advice(up, [{"name": "GPU"}], [], "12.9") == []
     assert "CPU build" in doctor._advice(up, [], [], None)[0]
+
+
+def test_doctor_lists_a_gpu_that_cuda_cannot_start(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(index: int) -> None:
+        raise RuntimeError("CUDA driver initialization failed\nmore")
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", broken)
+    status, out, _ = run(capsys, "doctor")
+    assert status == 0
+    assert "GPU 0, unusable: CUDA driver initialization failed" in out
 
 
 def test_eval_winoground_of_a_score_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -94,6 +94,7 @@ def time_cuda(prepare: Prepare, seconds: float, graph: bool) -> Times:
         warm = start.elapsed_time(end) / 1e3
         if graph:
             captured = torch.cuda.CUDAGraph()
+            call = run  # it holds what the graph reads
             with torch.cuda.graph(captured, stream=stream):
                 kept = run()
             run = captured.replay
@@ -108,7 +109,7 @@ def time_cuda(prepare: Prepare, seconds: float, graph: bool) -> Times:
             after.record()
         stream.synchronize()
     if graph:
-        del kept
+        del kept, call
     return Times(tuple(before.elapsed_time(after) for before, after in pairs), "graph" if graph else "events")
 
 

@@ -39,7 +39,12 @@ def examine() -> dict[str, Any]:
 
     gpus = []
     for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
+        try:
+            properties = torch.cuda.get_device_properties(index)
+        except RuntimeError as error:  # the driver counts GPUs that CUDA cannot start
+            reason = (str(error).splitlines() or ["CUDA cannot start"])[0]
+            gpus.append({"name": f"GPU {index}, unusable: {reason}", "capability": "unknown", "memory": 0})
+            continue
         capability = f"{properties.major}.{properties.minor}"
         gpus.append({"name": properties.name, "capability": capability, "memory": properties.total_memory})
     states = {
