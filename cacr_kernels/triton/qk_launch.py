@@ -22,7 +22,7 @@ class Launch(NamedTuple):
     """``m`` rows x ``n`` columns a tile; ``precision`` of the dots of float32 operands.
 
     ``k``: chunk of a long contraction, ``o``: output columns of one program ("wide"). ``peel``: the tiles that need
-    masks are code of their own ("forward", "rows", "columns").
+    masks are code of their own ("forward", "rows", "columns"). ``turn``: tiles of "columns" lie as those of "rows".
     """
 
     m: int
@@ -33,6 +33,7 @@ class Launch(NamedTuple):
     k: int = 32
     o: int = 64
     peel: bool = False
+    turn: bool = False
 
     def replaced(self, entry: configs.Launch) -> Launch:
         """These dots with the tiles, warps and stages of an entry."""
@@ -68,27 +69,39 @@ _AMPERE_32 = {
     "rows": {32: (64, 32, 4, 2), 64: (32, 64, 8, 1), 128: (16, 32, 8, 1)},
     "columns": {32: (32, 32, 4, 2), 64: (64, 32, 8, 2), 128: (32, 16, 8, 1)},
 }
+#: 64 rows a dot take four warps, 128 take eight: see configs.kernels
 _HOPPER_16 = {
-    "forward": {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 2)},
-    "rows": {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 2)},
-    "columns": {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 2)},
+    "forward": {32: (64, 128, 4, 2), 64: (64, 128, 4, 2), 128: (64, 64, 4, 2), 256: (32, 32, 8, 2)},
+    "rows": {32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (64, 32, 4, 2), 256: (32, 32, 8, 2)},
+    "columns": {32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (64, 64, 4, 2), 256: (32, 32, 8, 2)},
 }
 #: float16 takes its gradients through tf32, in twice the registers
 _HOPPER_FLOAT16 = {
     "forward": _HOPPER_16["forward"],
-    "rows": {32: (64, 64, 4, 2), 64: (64, 64, 8, 2), 128: (64, 32, 8, 2), 256: (32, 32, 8, 2)},
-    "columns": {32: (64, 64, 4, 2), 64: (64, 64, 8, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 2)},
+    "rows": {32: (64, 64, 4, 2), 64: (128, 32, 8, 2), 128: (128, 16, 8, 2), 256: (32, 32, 8, 2)},
+    "columns": {32: (64, 64, 4, 2), 64: (32, 128, 8, 2), 128: (16, 128, 8, 2), 256: (32, 32, 8, 2)},
 }
 _HOPPER_32 = {
+    "forward": {32: (32, 64, 4, 2), 64: (32, 64, 4, 2), 128: (32, 16, 8, 1)},
+    "rows": {32: (16, 32, 4, 2), 64: (32, 32, 4, 2), 128: (16, 32, 8, 1)},
+    "columns": {32: (32, 32, 4, 2), 64: (32, 32, 4, 2), 128: (32, 16, 8, 1)},
+}
+#: Blackwell's tensor-core instructions keep more of a tile in registers
+_BLACKWELL_16 = {
+    "forward": {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 2)},
+    "rows": {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 2)},
+    "columns": {32: (64, 64, 8, 2), 64: (64, 64, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 2)},
+}
+_BLACKWELL_FLOAT16 = {
+    "forward": _BLACKWELL_16["forward"],
+    "rows": {32: (64, 64, 4, 2), 64: (64, 64, 8, 2), 128: (64, 32, 8, 2), 256: (32, 32, 8, 2)},
+    "columns": {32: (64, 64, 8, 2), 64: (64, 64, 8, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 2)},
+}
+_BLACKWELL_32 = {
     "forward": {32: (32, 64, 4, 2), 64: (32, 64, 8, 2), 128: (32, 16, 8, 1)},
     "rows": {32: (16, 32, 4, 2), 64: (32, 64, 8, 2), 128: (16, 32, 8, 1)},
     "columns": {32: (32, 32, 4, 2), 64: (64, 32, 8, 2), 128: (32, 16, 8, 1)},
 }
-#: Blackwell's tensor-core instructions keep more of a tile in registers
-_BLACKWELL_16, _BLACKWELL_FLOAT16 = (
-    {**tiles, "columns": tiles["columns"] | {32: (64, 64, 8, 2), 64: (64, 64, 8, 2)}}
-    for tiles in (_HOPPER_16, _HOPPER_FLOAT16)
-)
 #: largest head size for which peeled tiles leave enough registers, on Hopper
 _PEELED = {
     torch.bfloat16: {"forward": 128, "rows": 128, "columns": 64},
@@ -104,7 +117,7 @@ _TILES = {
     (9, torch.float32): _HOPPER_32,
     (10, torch.float16): _BLACKWELL_FLOAT16,
     (10, torch.bfloat16): _BLACKWELL_16,
-    (10, torch.float32): _HOPPER_32,
+    (10, torch.float32): _BLACKWELL_32,
 }
 
 
@@ -114,7 +127,7 @@ def launch(kernel: str, arch: int, dtype: torch.dtype, d: int) -> Launch:
     ``arch``: compute capability as 10 * major + minor; 0 is the interpreter.
     """
     if arch == 0:
-        return Launch(32, 32, 4, 1, "ieee", k=128, o=256, peel=True)
+        return Launch(32, 32, 4, 1, "ieee", k=128, o=256, peel=True, turn=dtype == torch.bfloat16)
     rule = _rule(kernel, arch, dtype, bucket(d))
     key = configs.Key("qk", kernel, str(dtype).removeprefix("torch."), bucket(d))
     measured = configs.MEASURED.get(configs.family(arch), {}).get(key)
@@ -129,4 +142,5 @@ def _rule(kernel: str, arch: int, dtype: torch.dtype, d: int) -> Launch:
     if kernel in ("mix", "tokens"):
         return Launch(32, 32, 8 if d > 128 else 4, 2)
     column = min(arch // 10, 10) if 90 <= arch < 120 else 8  # sm_120 has the shared memory of sm_86
-    return Launch(*_TILES[column, dtype][kernel][d], peel=column == 9 and d <= _PEELED[dtype][kernel])
+    turn = column == 9 and dtype == torch.bfloat16 and kernel == "columns" and d <= 128
+    return Launch(*_TILES[column, dtype][kernel][d], peel=column == 9 and d <= _PEELED[dtype][kernel], turn=turn)

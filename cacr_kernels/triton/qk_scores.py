@@ -183,6 +183,7 @@ def _tile_gradients(
     p = problem
     for kernel, name, outputs in ((qk_columns_kernel, "columns", (dq, dk)), (qk_rows_kernel, "rows", (du, dq))):
         tile = p.launch(name)
+        turned = {"TURN": tile.turn} if name == "columns" else {}
         tiles_text, tiles = p.tiles(tile.n if name == "columns" else tile.m)
         kernel[(p.batch * p.heads, tiles)](
             block(p.q),
@@ -210,6 +211,7 @@ def _tile_gradients(
             PRECISION=tile.precision,
             UPCAST=p.upcast,
             PEEL=tile.peel,
+            **turned,
             num_warps=tile.warps,
             num_stages=tile.stages,
         )

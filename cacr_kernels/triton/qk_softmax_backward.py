@@ -78,6 +78,7 @@ def qk_cross_scores_kernel(
         mask = (o_m < n)[:, None] & (o_n < n_b)[None, :]
         b_dp = tl.load(p_w + o, mask=mask, other=0.0) + tl.load(p_z + o, mask=mask, other=0.0)
         b_sum += tl.sum(tl.load(p_p + o, mask=mask, other=0.0) * b_dp, axis=1)
+    tl.debug_barrier()  # tiles smaller than the block of threads: others read what is written now
     for i_n in range(0, n_b, BLOCK_N):
         o_n = i_n + tl.arange(0, BLOCK_N)
         o = o_m[:, None] * s_r + o_n[None, :]

@@ -74,6 +74,17 @@ def forms_x_alike(key: Key, launch: Launch, arch: int) -> bool:
     return same and all(launch.blocks.get(chunk) == known.get(chunk) for chunk in ("BLOCK_K", "BLOCK_C"))
 
 
+def rows_per_warp(key: Key, launch: Launch, arch: int) -> bool:
+    """False where a dot of a dot has more warps than its rows fill, 16 rows a warp, on Hopper: see configs.MEASURED."""
+    if key.variant == "scores":
+        axis = "BLOCK_I" if key.kernel.split("_")[0] in ("forward", "rows", "cross", "own") else None
+    else:
+        axis = {"forward": "BLOCK_M", "rows": "BLOCK_M", "columns": "BLOCK_N"}.get(key.kernel)
+    if axis is None or family(arch) != 90 or launch.blocks[axis] < 64:
+        return True
+    return 16 * launch.num_warps <= launch.blocks[axis]
+
+
 def row_length(key: Key) -> dict[str, int]:
     """The tile sides that a kernel of a size bucket has from its bucket."""
     ends = [bucket for bucket in BUCKETS if key.variant == "scores" and key.kernel.endswith(f"_{bucket}")]
@@ -95,6 +106,7 @@ def possible(key: Key, launch: Launch, arch: int) -> bool:
     unrolled = key.variant == "scores" and plan(arch, key.dtype).dot == "ieee"
     return (
         forms_x_alike(key, launch, arch)
+        and rows_per_warp(key, launch, arch)
         and (launch.registers is None or key.variant == "scores")
         and shared <= SHARED_LIMIT[family(arch)]
         and threads <= numbers <= MOST_NUMBERS * threads

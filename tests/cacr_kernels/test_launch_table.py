@@ -131,7 +131,7 @@ def test_a_file_holds_on_the_gpu_it_was_measured_on(file, gpu):
     assert table.qk_plan("forward", gpu, 90, torch.float16, 50).stages == 3
     assert table.qk_plan("forward", gpu, 90, torch.float16, 128) == qk_launch("forward", 90, torch.float16, 128)
     other = torch.device("cuda", 1)
-    assert table.scores_plan(other, "bfloat16").kernels["rows_128"] == entry().launch
+    assert table.scores_plan(other, "bfloat16").kernels["rows_128"] == ENTRIES[2].launch
     assert table.qk_plan("forward", other, 90, torch.float16, 50) == qk_launch("forward", 90, torch.float16, 50)
     assert table.scores_plan(torch.device("cpu"), "bfloat16") is configs.INTERPRETER
 
@@ -170,6 +170,21 @@ def test_entries_that_were_measured_and_committed_come_before_the_rules(file, gp
     assert configs.plan(80, "bfloat16") is configs.TABLE[80]["bfloat16"]
     assert qk_launch("forward", 90, torch.float16, 64)[:4] == (32, 64, 8, 1)
     assert table.scores_plan(gpu, "bfloat16").kernels["rows_128"].num_warps == 8  # and the user's come before them
+
+
+def test_a_dot_of_a_dot_has_no_more_warps_than_rows_on_hopper():
+    """Each takes 16 rows: with twice as many an H100 computed wrong losses."""
+    for kernel in ("forward_128", "rows_128", "cross_128", "own_128", "forward_64", "own_64"):
+        for dtype in configs.DTYPES:
+            key = Key("scores", kernel, dtype)
+            builtin = space.builtin(key, 90)
+            assert builtin.num_warps == 4
+            assert not space.possible(key, replace(builtin, num_warps=8), 90)
+    for kernel, rows in (("forward", "BLOCK_M"), ("rows", "BLOCK_M"), ("columns", "BLOCK_N")):
+        for dtype in configs.DTYPES:
+            for head in HEADS if dtype != "float32" else HEADS[:-1]:  # longer ones are "wide"
+                builtin = space.builtin(Key("qk", kernel, dtype, head), 90)
+                assert builtin.blocks[rows] < 64 or 16 * builtin.num_warps <= builtin.blocks[rows]
 
 
 def test_entries_replace_what_was_measured_before():

@@ -12,6 +12,16 @@ from cacr_kernels import fused_cacr, fused_cacr_qk
 from cacr_kernels.reference import cacr_closed_form
 from cacr_kernels.testing import loss_and_gradients, make_scores, relative_error
 
+#: a GPU's memory holds one of these tests at a time
+pytestmark = pytest.mark.xdist_group("large") if torch.cuda.is_available() else []
+
+
+@pytest.fixture(autouse=True)
+def returned_memory():
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
 
 @pytest.fixture
 def kernel(backend):
@@ -37,7 +47,7 @@ def on_gpu(compiled, device):
 def check(backend: str, attn: Tensor, n_text: int, **options) -> None:
     loss, (gradient,) = loss_and_gradients(lambda x: fused_cacr(x, n_text, backend=backend, **options), attn)
     expected, (want,) = loss_and_gradients(lambda x: cacr_closed_form(x, n_text, **options), attn.double())
-    assert relative_error(loss, expected) <= 2e-6
+    assert relative_error(loss, expected) <= (2e-6 if attn.dtype == torch.float32 else 1e-4)
     assert relative_error(gradient, want) <= (1e-4 if attn.dtype == torch.float32 else 4e-3)
 
 

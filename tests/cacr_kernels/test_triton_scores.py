@@ -303,8 +303,9 @@ def test_a_common_offset_costs_no_precision(path):
 def test_at_most_twice_the_error_of_the_closed_form(path, small_tiles, n_text, n_vision, options):
     errors = measured(partial(fused_cacr, backend="triton"), n_text, n_vision, **options)
     eager = measured(cacr_closed_form, n_text, n_vision, **options)
-    assert errors.loss <= 2 * eager.loss + 2e-7
-    assert errors.gradient <= 2 * eager.gradient + 2e-7
+    least = 2e-7 if DEVICE == "cpu" else 1e-6  # tensor cores truncate their sums
+    assert errors.loss <= 2 * eager.loss + least
+    assert errors.gradient <= 2 * eager.gradient + least
 
 
 def test_near_congruent_rows(path):

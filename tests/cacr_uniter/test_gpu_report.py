@@ -178,11 +178,11 @@ def test_the_sanitizer_is_found_and_watches_cuda_first(card, monkeypatch):
     ]
     assert all("--report-api-errors no" in command and command.endswith("sanitized cuda") for command in commands)
     monkeypatch.setattr(gpu_report, "_available", lambda: ["cuda", "triton"])
-    both = words("sanitizer")
-    assert both[:2] == commands
-    assert "--tool" not in both[2]
-    assert "sanitized triton --processes" in both[2]  # compiles
-    assert all("--tool" in command and command.endswith("sanitized triton") for command in both[3:])
+    compiles, *both = words("sanitizer")
+    assert "--tool" not in compiles
+    assert "sanitized triton --processes" in compiles
+    watched = [(command.split()[2], command.split()[-1]) for command in both]
+    assert watched == [(tool, name) for tool in ("memcheck", "racecheck") for name in ("cuda", "triton")]
     card.unlink()
     monkeypatch.delenv("CUDA_PATH", raising=False)
     if not Path("/usr/local/cuda/bin/compute-sanitizer").is_file():

@@ -50,10 +50,11 @@ class Command:
 
 @dataclass(frozen=True)
 class Stage:
-    """Commands of a stage, given the folder of the results, and its share of the budget."""
+    """Commands of a stage, given the folder of the results, its share of the budget and the least seconds it needs."""
 
     share: float
     commands: Callable[[Path], list[Command]]
+    least: float = 5.0
 
 
 def _cacr(*words: str) -> list[str]:
@@ -101,8 +102,8 @@ def _goals(out: Path) -> list[Command]:
     uniter = ["--shapes", "uniter-100-b128", "uniter-36-b128", "--variants", "scores", "--dtypes", half, "float32"]
     peers = ["--contenders", "triton", "cuda", "eager", "compiled", "compiled-max"]
     return [
-        Command(_cacr("bench", *usual, *long, "--seconds", "0.4")),
-        Command(_cacr("bench", *usual, *uniter, *peers, "--seconds", "0.2"), 3.0),
+        Command(_cacr("bench", *usual, *long, "--seconds", "0.4"), 1.5),
+        Command(_cacr("bench", *usual, *uniter, *peers, "--seconds", "0.2"), 2.5),
     ]
 
 
@@ -131,17 +132,15 @@ def sanitizer() -> Path | None:
 
 
 def _sanitizer(out: Path) -> list[Command]:
-    """Both tools on every backend; Triton's kernels are compiled before, not under a tool."""
+    """Both tools on every backend, memcheck first; Triton's kernels are compiled before, not under a tool."""
     tool = sanitizer()
     if tool is None:
         return []
-    commands = []
-    for name in _available():
-        if name == "triton":
-            commands.append(Command(_calls(name, "--processes", _workers())))
-        for kind in ("memcheck", "racecheck"):
-            options = ["--tool", kind, "--report-api-errors", "no", "--error-exitcode", "1"]
-            commands.append(Command([str(tool), *options, *_calls(name)]))
+    names = _available()
+    commands = [Command(_calls("triton", "--processes", _workers()), 2.0)] if "triton" in names else []
+    for kind, weight in (("memcheck", 2.0), ("racecheck", 1.0)):
+        options = ["--tool", kind, "--report-api-errors", "no", "--error-exitcode", "1"]
+        commands += [Command([str(tool), *options, *_calls(name)], weight) for name in names]
     return commands
 
 
@@ -168,8 +167,8 @@ def _summary(out: Path) -> list[Command]:
 
 
 STAGES = {
-    "doctor": Stage(0.02, _doctor),
-    "smoke": Stage(0.06, _smoke),
+    "doctor": Stage(0.02, _doctor, 25.0),
+    "smoke": Stage(0.06, _smoke, 25.0),
     "goals": Stage(0.32, _goals),
     "tests": Stage(0.20, _tests),
     "sanitizer": Stage(0.13, _sanitizer),
@@ -252,7 +251,7 @@ def report(stages: Sequence[str], out: Path, budget: float, say: Callable[[str],
     outcomes: dict[str, dict[str, object]] = {}
     for number, name in enumerate(stages):
         remaining = sum(STAGES[other].share for other in stages[number:])
-        seconds = max((end - time.monotonic()) * STAGES[name].share / remaining, 5.0)
+        seconds = max((end - time.monotonic()) * STAGES[name].share / remaining, STAGES[name].least)
         say(f"{name}: up to {seconds:.0f} s")
         try:
             log = out / f"report-{name}.log"
