@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 
 from .common import (
-    chunk,
     dot,
     inside_tile,
     load_factor,
@@ -58,7 +57,6 @@ def large_g_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """G = scale grad_loss dX of one side, one tile [I, J] a program."""
-    K: tl.constexpr = chunk(BLOCK_K, KIND)
     tt, tv, vt, vv = plain_blocks(tt, tv, vt, vv)
     spans = SpanArgs(spans.table, *plain_spans(spans))
     scaling = plain_scaling(scaling)
@@ -74,7 +72,7 @@ def large_g_kernel(
         m_u = open_u(work, side, i_problem)
         rows = load_rows(side, i, BLOCK_I)
         b_y = target_logits(load_tile(side.own, i, j, BLOCK_I, BLOCK_J, UNIT, DOT), KIND)
-        b_x = projected_tile(side, m_u, i, j, KIND, DOT, UNIT, BLOCK_I, BLOCK_J, K) * scale
+        b_x = projected_tile(side, m_u, i, j, KIND, DOT, UNIT, BLOCK_I, BLOCK_J, BLOCK_K) * scale
         inside = inside_tile(side.own, i, j, BLOCK_I, BLOCK_J)
         b_dx, b_dy = rows_gradient(b_x, b_y, rows, inside)
         store_tile(open_g(work, side, i_problem), b_dx * g, i, j, BLOCK_I, BLOCK_J)
@@ -101,7 +99,6 @@ def large_v_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """V = G F [n_a, n_b] of one side, one tile [I, C] a program."""
-    K: tl.constexpr = chunk(BLOCK_K, KIND)
     tt, tv, vt, vv = plain_blocks(tt, tv, vt, vv)
     spans = SpanArgs(spans.table, *plain_spans(spans))
     work = plain_work(work)
@@ -113,10 +110,10 @@ def large_v_kernel(
     if (i < side.n_a) & (c < side.n_b):
         m_g = open_g(work, side, i_problem)
         b_v = tl.zeros([BLOCK_I, BLOCK_C], tl.float32)
-        for k in range(0, side.n_a, K):
+        for k in range(0, side.n_a, BLOCK_K):
             # V += G F: [I, C] += [I, K] [K, C]
-            b_g = load_tile(m_g, i, k, BLOCK_I, K, True, DOT)
-            b_v = dot(b_g, load_factor(side.cross, k, c, K, BLOCK_C, KIND, UNIT, DOT), b_v, DOT)
+            b_g = load_tile(m_g, i, k, BLOCK_I, BLOCK_K, True, DOT)
+            b_v = dot(b_g, load_factor(side.cross, k, c, BLOCK_K, BLOCK_C, KIND, UNIT, DOT), b_v, DOT)
         store_tile(open_v(work, side, i_problem), b_v, i, c, BLOCK_I, BLOCK_C)
 
 
@@ -159,7 +156,6 @@ def large_cross_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """dS_ab of one side from dF, tiles [J, C]. Kind "softmax": P (dF - rowsum(P dF)), whole rows in one program."""
-    K: tl.constexpr = chunk(BLOCK_K, KIND)
     tt, tv, vt, vv = plain_blocks(tt, tv, vt, vv)
     spans = SpanArgs(spans.table, *plain_spans(spans))
     work = plain_work(work)
@@ -176,15 +172,15 @@ def large_cross_kernel(
         if KIND == "softmax":
             b_sum = tl.zeros([BLOCK_J], tl.float32)
             for c in range(0, side.n_b, BLOCK_C):
-                b_df = cross_tile(side, m_g, m_u, m_v, j, c, KIND, DOT, UNIT, BLOCK_J, BLOCK_C, K)
+                b_df = cross_tile(side, m_g, m_u, m_v, j, c, KIND, DOT, UNIT, BLOCK_J, BLOCK_C, BLOCK_K)
                 b_sum += tl.sum(b_df * load_factor(side.cross, j, c, BLOCK_J, BLOCK_C, KIND, UNIT, DOT), 1)
             for c in range(0, side.n_b, BLOCK_C):
-                b_df = cross_tile(side, m_g, m_u, m_v, j, c, KIND, DOT, UNIT, BLOCK_J, BLOCK_C, K)
+                b_df = cross_tile(side, m_g, m_u, m_v, j, c, KIND, DOT, UNIT, BLOCK_J, BLOCK_C, BLOCK_K)
                 b_f = load_factor(side.cross, j, c, BLOCK_J, BLOCK_C, KIND, UNIT, DOT)
                 store_tile(m_d, b_f * (b_df - b_sum[:, None]), j, c, BLOCK_J, BLOCK_C)
         else:
             c = (i_tile % n_tiles_c) * BLOCK_C
-            b_df = cross_tile(side, m_g, m_u, m_v, j, c, KIND, DOT, UNIT, BLOCK_J, BLOCK_C, K)
+            b_df = cross_tile(side, m_g, m_u, m_v, j, c, KIND, DOT, UNIT, BLOCK_J, BLOCK_C, BLOCK_K)
             store_tile(m_d, b_df, j, c, BLOCK_J, BLOCK_C)
 
 
@@ -232,7 +228,6 @@ def large_own_kernel(
 
     dS'_aa = F_b^T V_b, with F_b = S_ba [n_b, n_a] and V_b [n_b, n_a] of the other side. One rounding after the sum.
     """
-    K: tl.constexpr = chunk(BLOCK_K, KIND)
     tt, tv, vt, vv = plain_blocks(tt, tv, vt, vv)
     spans = SpanArgs(spans.table, *plain_spans(spans))
     scaling = plain_scaling(scaling)
@@ -257,19 +252,19 @@ def large_own_kernel(
         if GRAD_X and KIND == "softmax":
             if back_active:
                 for j in range(0, side.n_a, BLOCK_J):
-                    b_ds = inner_tile(back, m_v, i, j, KIND, DOT, UNIT, BLOCK_I, BLOCK_J, K)
+                    b_ds = inner_tile(back, m_v, i, j, KIND, DOT, UNIT, BLOCK_I, BLOCK_J, BLOCK_K)
                     b_sum += tl.sum(b_ds * load_factor(side.own, i, j, BLOCK_I, BLOCK_J, KIND, UNIT, DOT), 1)
         for j in range(0, side.n_a, BLOCK_J):
             b_ds = tl.zeros([BLOCK_I, BLOCK_J], tl.float32)
             if GRAD_X:
                 if back_active:
-                    b_ds = inner_tile(back, m_v, i, j, KIND, DOT, UNIT, BLOCK_I, BLOCK_J, K)
+                    b_ds = inner_tile(back, m_v, i, j, KIND, DOT, UNIT, BLOCK_I, BLOCK_J, BLOCK_K)
                     if KIND == "softmax":
                         b_ds = load_factor(side.own, i, j, BLOCK_I, BLOCK_J, KIND, UNIT, DOT) * (b_ds - b_sum[:, None])
             if GRAD_Y:
                 if active:
                     b_s = load_tile(side.own, i, j, BLOCK_I, BLOCK_J, UNIT, DOT)
-                    b_x = projected_tile(side, m_u, i, j, KIND, DOT, UNIT, BLOCK_I, BLOCK_J, K) * scale
+                    b_x = projected_tile(side, m_u, i, j, KIND, DOT, UNIT, BLOCK_I, BLOCK_J, BLOCK_K) * scale
                     inside = inside_tile(side.own, i, j, BLOCK_I, BLOCK_J)
                     b_dx, b_dy = rows_gradient(b_x, target_logits(b_s, KIND), rows, inside)
                     b_ds += target_gradient(b_dy * g, b_s, KIND)

@@ -15,16 +15,6 @@ import triton.language as tl
 from .kernel_args import Matrix, Side
 
 
-@triton.constexpr_function
-def chunk(size, kind, width=0, other=0):
-    """A chunk of columns or of a sum. Kind "softmax": at most 16, since its factors are formed from more registers.
-
-    32 at least where rows have half the width of the other side's, or less: they leave registers for it.
-    """
-    size = min(size, 16) if kind == "softmax" else size
-    return max(size, 32) if width < other else size
-
-
 @triton.jit
 def load_spans(spans, i_b):
     """(text_start, n_text, vision_start, n_vision, valid) of example i_b; an invalid one gets lengths 0."""

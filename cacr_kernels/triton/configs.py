@@ -75,9 +75,9 @@ class Plan:
         return self.whole is not None and fits
 
 
-def kernels(small: int, k: int, large: int, warps: int, rows: int = 32) -> dict[str, Launch]:
+def kernels(small: int, k: int, large: int, warps: int) -> dict[str, Launch]:
     """The small path takes 64 rows a tile, with four warps for rows of up to 64 tokens and eight beyond. Large spans
-    take ``rows`` rows or 32 x 32 tiles where rows are compared (registers), ``large`` tiles for plain products.
+    take few rows or 32 x 32 tiles where rows are compared (registers), ``large`` tiles for plain products.
 
     Dots in chunks of ``small`` numbers where rows are held whole, shorter ones for four warps; elsewhere of ``k``. All
     kernels that form X form it bit for bit alike, since rows near one-hot amplify a difference between forward and
@@ -96,23 +96,19 @@ def kernels(small: int, k: int, large: int, warps: int, rows: int = 32) -> dict[
         "numbers": launch(i=16, j=128),
         "fill": launch(i=16, j=128),
         "project": launch(i=large, c=large, k=k, warps=warps),
-        "large_forward": launch(i=rows, j=rows, k=k),
-        "large_g": launch(i=rows, j=large, k=k, warps=warps),
+        "large_forward": launch(i=32, j=32, k=k),
+        "large_g": launch(i=32, j=large, k=k, warps=warps),
         "large_v": launch(i=large, c=large, k=k, warps=warps),
-        "large_cross": launch(j=rows, c=32, k=k),
-        "large_own": launch(i=rows, j=32, k=k),
+        "large_cross": launch(j=32, c=32, k=k),
+        "large_own": launch(i=32, j=32, k=k),
     }
 
 
 #: float32: multiply-adds where shared memory is scarce, three tf32 products elsewhere; 16-bit: bfloat16 products
 IEEE = Plan("ieee", kernels(16, 16, 64, 8))
 TF32X3 = Plan("tf32x3", kernels(16, 16, 64, 8))
-SPLIT = Plan("split", kernels(32, 32, 64, 8))
-#: Hopper
-TF32X3_HOPPER = Plan("tf32x3", kernels(16, 16, 64, 4, rows=64), whole="logits")
-SPLIT_HOPPER = Plan("split", kernels(32, 16, 64, 4, rows=64), whole="sides")
-#: Blackwell
 TF32X3_WHOLE = replace(TF32X3, whole="logits")
+SPLIT = Plan("split", kernels(32, 32, 64, 8))
 SPLIT_WHOLE = replace(SPLIT, whole="sides")
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -121,7 +117,7 @@ TABLE: dict[int, dict[str, Plan]] = {
     80: {"float32": TF32X3, "float16": SPLIT, "bfloat16": SPLIT},
     86: {"float32": IEEE, "float16": SPLIT, "bfloat16": SPLIT},
     89: {"float32": IEEE, "float16": SPLIT, "bfloat16": SPLIT},
-    90: {"float32": TF32X3_HOPPER, "float16": SPLIT_HOPPER, "bfloat16": SPLIT_HOPPER},
+    90: {"float32": TF32X3_WHOLE, "float16": SPLIT_WHOLE, "bfloat16": SPLIT_WHOLE},
     100: {"float32": TF32X3_WHOLE, "float16": SPLIT_WHOLE, "bfloat16": SPLIT_WHOLE},
 }
 
@@ -130,18 +126,23 @@ BLOCKS = {name: tuple(entry.blocks) for name, entry in kernels(16, 16, 64, 8).it
 
 #: entries in place of the rules, by architecture; `cacr bench tune --as-code` prints them with their measurements
 MEASURED: dict[int, dict[Key, Launch]] = {
+    # NVIDIA H100 80GB HBM3, 2026-11-27, torch 2.11.0, Triton 3.6.0.
     # A dot of a dot gets all of its warps along its rows, 16 rows a warp. On Hopper eight warps for 64 rows do the work
-    # twice, and results were wrong (H100, Triton 3.6). With four (B H = 1536, T, R = 60, 100): own_128 bfloat16 133 us,
-    # 269 before; cross_128 float32 796, 1885 before; own_128 float32 298, 557 before.
+    # twice, and results were wrong. With four (B H = 1536, T, R = 60, 100): own bfloat16 133 us, 269 before; cross
+    # float32 796, 1885 before; own float32 298, 557 before.
     90: {
         Key("scores", f"{name}_128", dtype): launch(i=64, c=32, k=32)
         for dtype in DTYPES
         for name in ("forward", "rows", "cross", "own")
     }
-    # B H = 8, T = R = 2048: 207 and 263 us; rows of 64 with four warps 231 and 285
     | {
+        # B H = 8, T = R = 2048: 207 and 263 us; 64 rows with four warps 231 and 285
         Key("qk", "rows", "bfloat16", 128): Launch({"BLOCK_M": 128, "BLOCK_N": 64}, 8, 2),
         Key("qk", "columns", "bfloat16", 128): Launch({"BLOCK_M": 64, "BLOCK_N": 128}, 8, 2),
+        # B H = 16, T = R = 2048: 949, 1749 and 1933 us; with eight warps 1754, 2239 and 2390
+        Key("qk", "forward", "float32", 64): Launch({"BLOCK_M": 32, "BLOCK_N": 64}, 4, 2),
+        Key("qk", "rows", "float32", 64): Launch({"BLOCK_M": 32, "BLOCK_N": 64}, 4, 2),
+        Key("qk", "columns", "float32", 64): Launch({"BLOCK_M": 64, "BLOCK_N": 32}, 4, 2),
     },
 }
 

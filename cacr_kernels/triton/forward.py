@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import chunk, load_spans, load_tile, open_side, open_u, row_tile
+from .common import load_spans, load_tile, open_side, open_u, row_tile
 from .kernel_args import SpanArgs, plain_blocks, plain_scaling, plain_spans, plain_work
 from .products import projected_tile
 from .rows import LOW, rows_finish, rows_start, rows_update, side_scale, store_rows, target_logits
@@ -37,7 +37,6 @@ def large_forward_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """Loss and row numbers of one tile of rows of one side."""
-    K: tl.constexpr = chunk(BLOCK_K, KIND)
     tt, tv, vt, vv = plain_blocks(tt, tv, vt, vv)
     spans = SpanArgs(spans.table, *plain_spans(spans))
     scaling = plain_scaling(scaling)
@@ -56,7 +55,7 @@ def large_forward_kernel(
         for j in range(0, side.n_a, BLOCK_J):
             o_j = j + tl.arange(0, BLOCK_J)
             b_y = target_logits(load_tile(side.own, i, j, BLOCK_I, BLOCK_J, UNIT, DOT), KIND)
-            b_x = projected_tile(side, m_u, i, j, KIND, DOT, UNIT, BLOCK_I, BLOCK_J, K) * scale
+            b_x = projected_tile(side, m_u, i, j, KIND, DOT, UNIT, BLOCK_I, BLOCK_J, BLOCK_K) * scale
             b_y = tl.where(b_x > LOW, b_y, LOW)  # ties y to the layout of x: see mask_logits
             m_x, l_x, s_x, m_y, l_y, s_y, c = rows_update(
                 m_x, l_x, s_x, m_y, l_y, s_y, c, b_x, b_y, 1.0, (o_j < side.n_a)[None, :], False

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import chunk, dot, load_factor, load_tile, open_side, open_u, row_tile, store_tile
+from .common import dot, load_factor, load_tile, open_side, open_u, row_tile, store_tile
 from .kernel_args import SpanArgs, plain_blocks, plain_spans, plain_work
 
 
@@ -121,7 +121,6 @@ def project_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """Large spans: U = F S_bb [n_a, n_b] of one side, one tile a program."""
-    K: tl.constexpr = chunk(BLOCK_K, KIND)
     tt, tv, vt, vv = plain_blocks(tt, tv, vt, vv)
     spans = SpanArgs(spans.table, *plain_spans(spans))
     work = plain_work(work)
@@ -131,5 +130,5 @@ def project_kernel(
     i = (i_tile // n_tiles_c) * BLOCK_I
     c = (i_tile % n_tiles_c) * BLOCK_C
     if (i < side.n_a) & (c < side.n_b):
-        b_u = project_tile(side, i, c, KIND, DOT, UNIT, BLOCK_I, BLOCK_C, K)
+        b_u = project_tile(side, i, c, KIND, DOT, UNIT, BLOCK_I, BLOCK_C, BLOCK_K)
         store_tile(open_u(work, side, i_problem), b_u, i, c, BLOCK_I, BLOCK_C)

@@ -63,50 +63,14 @@ def row_weight(grad, s_gb, s_gh, i_b, i_h, n, ROW_MEAN: tl.constexpr):
 
 
 @triton.jit
-def turned_step(
-    acc_q, acc_k, q, p_q, p_u, p_lo, stats, i_m, n, b_q_cols, b_k_cols, y_scale, rows,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr,
-    GRAD_X: tl.constexpr, GRAD_Y: tl.constexpr, PAIR: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """columns_step from a tile [M, N] as the forward has it: a thread holds the numbers of few rows, and dX and dY are
-    turned in shared memory, from where the tensor cores of Hopper take them."""
-    o_m = i_m + tl.arange(0, BLOCK_M)
-    b_q = operand(load_tokens(p_q, q.s_r, q.s_c, i_m, n, D, BLOCK_D, BLOCK_M, MASKED), UPCAST)
-    b_u = operand(load_tokens(p_u, D, 1, i_m, n, D, BLOCK_D, BLOCK_M, MASKED), UPCAST)
-    b_x = rows_dot(b_u, b_q_cols, None, False, PRECISION)
-    if PAIR:
-        b_u_lo = operand(load_tokens(p_lo, D, 1, i_m, n, D, BLOCK_D, BLOCK_M, MASKED), UPCAST)
-        b_x = rows_dot(b_u_lo, b_q_cols, b_x, False, PRECISION)
-    b_y = rows_dot(b_q, b_k_cols, None, False, PRECISION) * y_scale
-    mask_m = None
-    if MASKED:
-        mask_m = o_m < n
-    m_x, r_x, c_x, m_y, r_y, c_y = load_rows(stats + o_m, rows, mask_m)
-    # rows beyond the span need no mask: their U and Q are 0 and the tile stays finite
-    b_dx, b_dy = tile_gradients(
-        b_x, b_y, m_x[:, None], r_x[:, None], c_x[:, None], m_y[:, None], r_y[:, None], c_y[:, None]
-    )
-    if GRAD_X:
-        acc_q = tl.dot(tl.trans(narrowed(b_dx, b_u, UPCAST)), b_u, acc_q, input_precision=PRECISION)
-    if GRAD_Y:
-        acc_k = tl.dot(tl.trans(narrowed(b_dy, b_q, UPCAST)), b_q, acc_k, input_precision=PRECISION)
-    return acc_q, acc_k
-
-
-@triton.jit
 def columns_step(
     acc, q, p_q, p_u, p_lo, p_exp, stats, i_m, n, b_q_cols, b_k_cols, y_scale, rows,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr,
     GRAD_X: tl.constexpr, GRAD_Y: tl.constexpr,
-    PAIR: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, TURN: tl.constexpr,
+    PAIR: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """(dX^T U, dY^T Q) of the rows before i_m, and of those from there."""
     acc_q, acc_k = acc
-    if TURN:
-        return turned_step(
-            acc_q, acc_k, q, p_q, p_u, p_lo, stats, i_m, n, b_q_cols, b_k_cols, y_scale, rows,
-            D, BLOCK_D, BLOCK_M, MASKED, GRAD_X, GRAD_Y, PAIR, PRECISION, UPCAST,
-        )  # fmt: skip
     o_m = i_m + tl.arange(0, BLOCK_M)
     b_q = operand(load_tokens(p_q, q.s_r, q.s_c, i_m, n, D, BLOCK_D, BLOCK_M, MASKED), UPCAST)
     b_u = operand(load_tokens(p_u, D, 1, i_m, n, D, BLOCK_D, BLOCK_M, MASKED), UPCAST)
@@ -166,7 +130,6 @@ def qk_columns_kernel(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
     PEEL: tl.constexpr,
-    TURN: tl.constexpr,
 ):
     """BLOCK_N columns of one side: tiles are held transposed, [BLOCK_N, BLOCK_M]."""
     spans = SpanArgs(spans.table, *plain_spans(spans))
@@ -208,12 +171,12 @@ def qk_columns_kernel(
     for i_m in range(0, whole, BLOCK_M):
         acc = columns_step(
             acc, q, p_q, u_hi, u_lo, u_exp, stats, i_m, n, b_q_cols, b_k_cols, y_scale, rows,
-            D, BLOCK_D, BLOCK_M, not PEEL, GRAD_X, GRAD_Y, PAIR, SCALED, PRECISION, UPCAST, TURN,
+            D, BLOCK_D, BLOCK_M, not PEEL, GRAD_X, GRAD_Y, PAIR, SCALED, PRECISION, UPCAST,
         )  # fmt: skip
     if PEEL and (whole < n):
         acc = columns_step(
             acc, q, p_q, u_hi, u_lo, u_exp, stats, whole, n, b_q_cols, b_k_cols, y_scale, rows,
-            D, BLOCK_D, BLOCK_M, True, GRAD_X, GRAD_Y, PAIR, SCALED, PRECISION, UPCAST, TURN,
+            D, BLOCK_D, BLOCK_M, True, GRAD_X, GRAD_Y, PAIR, SCALED, PRECISION, UPCAST,
         )  # fmt: skip
     acc_q, acc_k = acc
     weight = row_weight(grad, s_gb, s_gh, i_b, i_h, n, ROW_MEAN)
@@ -225,21 +188,15 @@ def qk_columns_kernel(
 
 
 @triton.jit
-def narrowed(b_grad, b_operand, UPCAST: tl.constexpr):
-    """The float32 tile G rounded to the dtype of the operand it meets."""
-    if UPCAST:
-        b_grad = narrow(b_grad, tl.bfloat16, UPCAST)
-    return b_grad.to(b_operand.dtype)
-
-
-@triton.jit
 def gradient_dot(b_grad, b_operand, acc, WIDE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     """acc + G A with the float32 tile G rounded to A's dtype. For float16 (WIDE) both go through tf32 instead, in
     which A is exact and G keeps its range: gradients neither overflow nor become subnormal."""
     if WIDE:
         acc = tl.dot(b_grad, b_operand.to(tl.float32), acc, input_precision="tf32")
     else:
-        acc = tl.dot(narrowed(b_grad, b_operand, UPCAST), b_operand, acc, input_precision=PRECISION)
+        if UPCAST:
+            b_grad = narrow(b_grad, tl.bfloat16, UPCAST)
+        acc = tl.dot(b_grad.to(b_operand.dtype), b_operand, acc, input_precision=PRECISION)
     return acc
 
 

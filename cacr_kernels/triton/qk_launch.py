@@ -14,15 +14,25 @@ import torch
 
 from . import configs
 
-#: tokens summed by one program of the Gram kernel; longer spans are summed in chunks, then over the chunks
-GRAM_CHUNK = 1024
+#: the Gram kernel sums tokens in chunks, at least so many at a time, until there are so many programs (two of an SM)
+GRAM_CHUNK, GRAM_PROGRAMS = 256, 256
+
+
+def gram_chunks(longest: int, step: int, programs: int) -> tuple[int, int]:
+    """(chunks, tokens of a chunk, a multiple of ``step``) of spans of at most ``longest`` tokens.
+
+    ``programs``: of one chunk of all spans.
+    """
+    chunks = max(1, min(longest // GRAM_CHUNK, -(-GRAM_PROGRAMS // max(programs, 1))))
+    tokens = max(1, -(-longest // (chunks * step))) * step
+    return max(1, -(-longest // tokens)), tokens
 
 
 class Launch(NamedTuple):
     """``m`` rows x ``n`` columns a tile; ``precision`` of the dots of float32 operands.
 
     ``k``: chunk of a long contraction, ``o``: output columns of one program ("wide"). ``peel``: the tiles that need
-    masks are code of their own ("forward", "rows", "columns"). ``turn``: tiles of "columns" lie as those of "rows".
+    masks are code of their own ("forward", "rows", "columns").
     """
 
     m: int
@@ -33,7 +43,6 @@ class Launch(NamedTuple):
     k: int = 32
     o: int = 64
     peel: bool = False
-    turn: bool = False
 
     def replaced(self, entry: configs.Launch) -> Launch:
         """These dots with the tiles, warps and stages of an entry."""
@@ -69,11 +78,11 @@ _AMPERE_32 = {
     "rows": {32: (64, 32, 4, 2), 64: (32, 64, 8, 1), 128: (16, 32, 8, 1)},
     "columns": {32: (32, 32, 4, 2), 64: (64, 32, 8, 2), 128: (32, 16, 8, 1)},
 }
-#: 64 rows a dot take four warps, 128 take eight: see configs.kernels
+#: 64 rows a dot take four warps, 128 take eight: see configs.MEASURED
 _HOPPER_16 = {
-    "forward": {32: (64, 128, 4, 2), 64: (64, 128, 4, 2), 128: (64, 64, 4, 2), 256: (32, 32, 8, 2)},
-    "rows": {32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (64, 32, 4, 2), 256: (32, 32, 8, 2)},
-    "columns": {32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (64, 64, 4, 2), 256: (32, 32, 8, 2)},
+    "forward": {32: (64, 64, 4, 2), 64: (64, 128, 4, 2), 128: (64, 64, 4, 2), 256: (32, 32, 8, 2)},
+    "rows": {32: (64, 64, 4, 2), 64: (64, 64, 4, 3), 128: (64, 32, 4, 2), 256: (32, 32, 8, 2)},
+    "columns": {32: (64, 64, 4, 2), 64: (64, 64, 4, 3), 128: (32, 64, 4, 2), 256: (32, 32, 8, 2)},
 }
 #: float16 takes its gradients through tf32, in twice the registers
 _HOPPER_FLOAT16 = {
@@ -82,9 +91,9 @@ _HOPPER_FLOAT16 = {
     "columns": {32: (64, 64, 4, 2), 64: (32, 128, 8, 2), 128: (16, 128, 8, 2), 256: (32, 32, 8, 2)},
 }
 _HOPPER_32 = {
-    "forward": {32: (32, 64, 4, 2), 64: (32, 64, 4, 2), 128: (32, 16, 8, 1)},
-    "rows": {32: (16, 32, 4, 2), 64: (32, 32, 4, 2), 128: (16, 32, 8, 1)},
-    "columns": {32: (32, 32, 4, 2), 64: (32, 32, 4, 2), 128: (32, 16, 8, 1)},
+    "forward": {32: (32, 64, 4, 2), 64: (32, 64, 8, 2), 128: (32, 16, 8, 1)},
+    "rows": {32: (16, 32, 4, 2), 64: (32, 64, 8, 2), 128: (16, 32, 8, 1)},
+    "columns": {32: (32, 32, 4, 2), 64: (64, 32, 8, 2), 128: (32, 16, 8, 1)},
 }
 #: Blackwell's tensor-core instructions keep more of a tile in registers
 _BLACKWELL_16 = {
@@ -96,11 +105,6 @@ _BLACKWELL_FLOAT16 = {
     "forward": _BLACKWELL_16["forward"],
     "rows": {32: (64, 64, 4, 2), 64: (64, 64, 8, 2), 128: (64, 32, 8, 2), 256: (32, 32, 8, 2)},
     "columns": {32: (64, 64, 8, 2), 64: (64, 64, 8, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 2)},
-}
-_BLACKWELL_32 = {
-    "forward": {32: (32, 64, 4, 2), 64: (32, 64, 8, 2), 128: (32, 16, 8, 1)},
-    "rows": {32: (16, 32, 4, 2), 64: (32, 64, 8, 2), 128: (16, 32, 8, 1)},
-    "columns": {32: (32, 32, 4, 2), 64: (64, 32, 8, 2), 128: (32, 16, 8, 1)},
 }
 #: largest head size for which peeled tiles leave enough registers, on Hopper
 _PEELED = {
@@ -117,7 +121,7 @@ _TILES = {
     (9, torch.float32): _HOPPER_32,
     (10, torch.float16): _BLACKWELL_FLOAT16,
     (10, torch.bfloat16): _BLACKWELL_16,
-    (10, torch.float32): _BLACKWELL_32,
+    (10, torch.float32): _HOPPER_32,
 }
 
 
@@ -127,7 +131,7 @@ def launch(kernel: str, arch: int, dtype: torch.dtype, d: int) -> Launch:
     ``arch``: compute capability as 10 * major + minor; 0 is the interpreter.
     """
     if arch == 0:
-        return Launch(32, 32, 4, 1, "ieee", k=128, o=256, peel=True, turn=dtype == torch.bfloat16)
+        return Launch(32, 32, 4, 1, "ieee", k=128, o=256, peel=True)
     rule = _rule(kernel, arch, dtype, bucket(d))
     key = configs.Key("qk", kernel, str(dtype).removeprefix("torch."), bucket(d))
     measured = configs.MEASURED.get(configs.family(arch), {}).get(key)
@@ -137,10 +141,12 @@ def launch(kernel: str, arch: int, dtype: torch.dtype, d: int) -> Launch:
 def _rule(kernel: str, arch: int, dtype: torch.dtype, d: int) -> Launch:
     if kernel == "wide":
         return Launch(32, 32, 4, 1)
+    wide = dtype == torch.float32
     if kernel == "gram":
-        return Launch(64, 16 if dtype == torch.float32 else 32, 4, 2)
-    if kernel in ("mix", "tokens"):
-        return Launch(32, 32, 8 if d > 128 else 4, 2)
+        return Launch(64, 16, 4, 2) if wide else Launch(64, 64, 4, 3 if d <= 128 else 2)
+    if kernel == "mix":
+        return Launch(32, 64 if d <= 64 else 32, 8, 1)
+    if kernel == "tokens":
+        return Launch(32 if d > 128 else 64, 32 if wide or d > 64 else 64, 8 if d > (64 if wide else 128) else 4, 1)
     column = min(arch // 10, 10) if 90 <= arch < 120 else 8  # sm_120 has the shared memory of sm_86
-    turn = column == 9 and dtype == torch.bfloat16 and kernel == "columns" and d <= 128
-    return Launch(*_TILES[column, dtype][kernel][d], peel=column == 9 and d <= _PEELED[dtype][kernel], turn=turn)
+    return Launch(*_TILES[column, dtype][kernel][d], peel=column == 9 and d <= _PEELED[dtype][kernel])

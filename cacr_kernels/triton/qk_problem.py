@@ -44,10 +44,19 @@ class QKProblem:
     def launch(self, kernel: str) -> Launch:
         return qk_plan(kernel, self.q.device, self.arch, self.q.dtype, self.d)
 
+    def dots(self, tile: Launch) -> str:
+        """How products of a matrix of tokens and a float32 one are taken, 16-bit tokens in bfloat16: common.dot."""
+        return "split" if self.pair and tile.precision != "ieee" else tile.precision
+
     def tiles(self, block: int) -> tuple[int, int]:
         """Tiles of the text side, of both sides; a side not asked for has none."""
         text = triton.cdiv(self.spans.n_text, block) if self.options.text else 0
         return text, text + (triton.cdiv(self.spans.n_vision, block) if self.options.vision else 0)
+
+    def finish_tiles(self, block: int) -> tuple[int, int, int]:
+        """Tiles of the rows of text, of both spans, and with those of all tokens, which fill what lies outside."""
+        text, vision, every = (triton.cdiv(n, block) for n in (self.spans.n_text, self.spans.n_vision, self.n))
+        return text, text + vision, text + vision + every
 
     def float32(self, *shape: int) -> Tensor:
         return self.q.new_empty(shape, dtype=torch.float32)

@@ -10,57 +10,56 @@ from ..problem import ROW_NUMBERS, Options, Spans
 from .qk_backward import qk_columns_kernel, qk_rows_kernel
 from .qk_finish import qk_finish_k_kernel, qk_finish_q_kernel
 from .qk_forward import qk_forward_kernel
-from .qk_launch import GRAM_CHUNK
+from .qk_launch import gram_chunks
 from .qk_problem import LOG2_E, QKProblem, block, reduce_rows, wide_forward, wide_gradient
 from .qk_products import qk_chain_kernel, qk_gram_kernel, qk_mix_kernel, qk_project_kernel
 from .qk_wide import Factors
 
 
-def gram(problem: QKProblem, x: Tensor, y: Tensor, out: Tensor, first_block: int, square: bool) -> None:
-    """out[:, :, b, 0] = X_b^T Y_b, and out[:, :, b, 1] = X_b^T X_b if ``square``. out [B, H, 2, 1 or more, D, D]."""
+def gram(problem: QKProblem, x: Tensor, y: Tensor, first_block: int, square: bool) -> tuple[Tensor, int]:
+    """X_b^T Y_b (and X_b^T X_b if ``square``) of every chunk of tokens, and the number of chunks.
+
+    Float32 [B, H, 2, chunks, 1 (2), D, D]; the kernels that read them add the chunks.
+    """
     p, tile = problem, problem.launch("gram")
-    longest = max(p.spans.n_text, p.spans.n_vision)
-    chunks = max(1, triton.cdiv(longest, GRAM_CHUNK))
-    n_out = 2 if square else 1
-    target = out if chunks == 1 else p.float32(chunks, p.batch, p.heads, 2, n_out, p.d, p.d)
     block_e = min(p.block_d, tile.m)
-    tiles = triton.cdiv(p.d, block_e)
-    qk_gram_kernel[(p.batch * p.heads, p.n_blocks * chunks, tiles * tiles)](
+    tiles = triton.cdiv(p.d, block_e) ** 2
+    longest = max(p.spans.n_text, p.spans.n_vision)
+    chunks, chunk_tokens = gram_chunks(longest, tile.n, p.batch * p.heads * p.n_blocks * tiles)
+    out = p.float32(p.batch, p.heads, 2, chunks, 2 if square else 1, p.d, p.d)
+    qk_gram_kernel[(p.batch * p.heads, p.n_blocks * chunks, tiles)](
         block(x),
         block(y),
-        target,
-        target.stride(0) if chunks > 1 else 0,
-        target.stride(-4),
+        out,
         p.span_args,
         p.heads,
         p.heads // max(x.shape[1], 1),
         chunks,
-        GRAM_CHUNK,
+        chunk_tokens,
         first_block,
         D=p.d,
         BLOCK_E=block_e,
-        BLOCK_F=block_e,
         BLOCK_N=tile.n,
         SQUARE=square,
-        PRECISION=tile.precision,
+        PRECISION=p.dots(tile),
         UPCAST=p.upcast,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    if chunks > 1:
-        blocks = slice(first_block, first_block + p.n_blocks)
-        torch.sum(target[:, :, :, blocks], 0, out=out[:, :, blocks, :n_out])
+    return out, chunks
 
 
 def products_of(problem: QKProblem) -> Tensor:
     """Float32 [B, H, 2, 3, D, D]: C_b = K_b^T Q_b, W_b = K_b^T K_b, M = s c^3 C_b W_b of the blocks a side needs."""
     p, tile = problem, problem.launch("mix")
     products = p.saved(p.batch, p.heads, 2, 3, p.d, p.d)
-    gram(p, p.k, p.q, products, p.first_block, True)
+    sums, chunks = gram(p, p.k, p.q, p.first_block, True)
     qk_mix_kernel[(p.batch * p.heads, p.n_blocks, triton.cdiv(p.d, tile.m))](
+        sums,
         products,
         p.span_args,
         p.heads,
+        chunks,
         p.first_block,
         p.alpha,
         MEAN=p.options.projection_mean,
@@ -98,7 +97,7 @@ def project(problem: QKProblem, products: Tensor) -> tuple[Tensor, Tensor | None
         BLOCK_F=min(tile.n, p.block_d),
         PAIR=p.pair,
         SCALED=p.scaled,
-        PRECISION=tile.precision,
+        PRECISION=p.dots(tile),
         UPCAST=p.upcast,
         num_warps=tile.warps,
         num_stages=tile.stages,
@@ -183,7 +182,6 @@ def _tile_gradients(
     p = problem
     for kernel, name, outputs in ((qk_columns_kernel, "columns", (dq, dk)), (qk_rows_kernel, "rows", (du, dq))):
         tile = p.launch(name)
-        turned = {"TURN": tile.turn} if name == "columns" else {}
         tiles_text, tiles = p.tiles(tile.n if name == "columns" else tile.m)
         kernel[(p.batch * p.heads, tiles)](
             block(p.q),
@@ -211,7 +209,6 @@ def _tile_gradients(
             PRECISION=tile.precision,
             UPCAST=p.upcast,
             PEEL=tile.peel,
-            **turned,
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
@@ -220,16 +217,16 @@ def _tile_gradients(
 def _chain(problem: QKProblem, products: Tensor, du: Tensor) -> Tensor:
     """Float32 [B, H, 2, 2, D, D]: dC_b and dW_b + dW_b^T of the blocks that a side needs, from dU."""
     p, tile = problem, problem.launch("mix")
-    grad_m = p.float32(p.batch, p.heads, 2, 1, p.d, p.d)
     # dM_a = Q_a^T dU_a is summed over side a's own tokens
-    gram(p, p.q, du, grad_m, 0 if p.options.text else 1, False)
+    sums, chunks = gram(p, p.q, du, 0 if p.options.text else 1, False)
     grad_cw = p.float32(p.batch, p.heads, 2, 2, p.d, p.d)
     qk_chain_kernel[(p.batch * p.heads, p.n_blocks, triton.cdiv(p.d, tile.m))](
         products,
-        grad_m,
+        sums,
         grad_cw,
         p.span_args,
         p.heads,
+        chunks,
         p.first_block,
         p.alpha,
         MEAN=p.options.projection_mean,
@@ -237,7 +234,7 @@ def _chain(problem: QKProblem, products: Tensor, du: Tensor) -> Tensor:
         BLOCK_D=p.block_d,
         BLOCK_M=tile.m,
         BLOCK_F=min(tile.n, p.block_d),
-        PRECISION=tile.precision,
+        PRECISION=p.dots(tile),
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
@@ -259,16 +256,28 @@ def finish(
         "TEXT": p.options.text,
         "VISION": p.options.vision,
         "GRAD_X": p.grad_x,
-        "PRECISION": tile.precision,
+        "PRECISION": p.dots(tile),
         "UPCAST": p.upcast,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
     }
-    tiles = triton.cdiv(p.n, tile.m)
-    qk_finish_q_kernel[(p.batch * p.heads, tiles)](
-        block(p.k), du, dq, products, grad_cw, grad_q, p.span_args, p.n, p.heads, p.group, **flags
+    tiles_text, tiles, launched = p.finish_tiles(tile.m)
+    qk_finish_q_kernel[(p.batch * p.heads, launched)](
+        block(p.k),
+        du,
+        dq,
+        products,
+        grad_cw,
+        grad_q,
+        p.span_args,
+        p.n,
+        p.heads,
+        p.group,
+        tiles_text,
+        tiles,
+        **flags,
     )
-    qk_finish_k_kernel[(p.batch * p.key_heads, tiles)](
+    qk_finish_k_kernel[(p.batch * p.key_heads, launched)](
         block(p.q),
         block(p.k),
         dk,
@@ -278,6 +287,8 @@ def finish(
         p.n,
         p.key_heads,
         p.group,
+        tiles_text,
+        tiles,
         GRAD_Y=p.grad_y,
         **flags,
     )

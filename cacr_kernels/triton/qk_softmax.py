@@ -212,11 +212,11 @@ def _round(p: _Softmax, dq: Tensor, dk: Tensor) -> list[Tensor]:
         "num_warps": tile.warps,
         "num_stages": tile.stages,
     }
-    tiles = triton.cdiv(p.n, tile.m)
-    qk_finish_q_kernel[(p.batch * p.heads, tiles)](
-        block(p.k), None, dq, None, None, grad_q, p.span_args, p.n, p.heads, p.group, **flags
+    *tiles, launched = p.finish_tiles(tile.m)
+    qk_finish_q_kernel[(p.batch * p.heads, launched)](
+        block(p.k), None, dq, None, None, grad_q, p.span_args, p.n, p.heads, p.group, *tiles, **flags
     )
-    qk_finish_k_kernel[(p.batch * p.key_heads, tiles)](
-        block(p.q), block(p.k), dk, None, grad_k, p.span_args, p.n, p.key_heads, p.group, GRAD_Y=True, **flags
+    qk_finish_k_kernel[(p.batch * p.key_heads, launched)](
+        block(p.q), block(p.k), dk, None, grad_k, p.span_args, p.n, p.key_heads, p.group, *tiles, GRAD_Y=True, **flags
     )
     return [grad_q, grad_k]

@@ -155,29 +155,89 @@ def narrow(x, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
 
 
 @triton.jit
+def load_sum(p, o, s, count, mask, UNROLL: tl.constexpr):
+    """The sum of ``count`` tiles p, p + s, ... in this order; loads of UNROLL of them do not wait for each other."""
+    acc = tl.zeros(o.shape, tl.float32)
+    for i in range(0, count, UNROLL):
+        for j in tl.static_range(UNROLL):
+            acc += tl.load(p + j * s + o, mask=mask & (i + j < count), other=0.0)
+        p += UNROLL * s
+    return acc
+
+
+@triton.jit
+def leading(x):
+    """float32 x rounded to a bfloat16's bits, in float32 still: integers, as single conversions are slow."""
+    bits = (x.to(tl.uint32, bitcast=True) + 0x8000) & 0xFFFF0000
+    return bits.to(tl.uint32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def bfloat16_parts(x, EXACT: tl.constexpr):
+    """float32 x = hi + mid + lo in bfloat16, all of its bits; unless EXACT without lo, up to 2^-17 of its size."""
+    hi = leading(x)
+    x -= hi
+    mid = leading(x) if EXACT else x
+    return hi.to(tl.bfloat16), mid.to(tl.bfloat16), (x - mid).to(tl.bfloat16)
+
+
+@triton.jit
+def wide_dot(b_x, b_a, acc, EXACT: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + X A, one of them at least float32. "split": bfloat16 products of parts of float32 and float16 factors.
+
+    A bfloat16 X makes two products; any other pair is split on both sides (float16 is the sum of two parts), three
+    products. EXACT (A is float32): all bits of A count, one product more, two for a float16 X.
+    """
+    if PRECISION != "split":
+        acc = tl.dot(b_x.to(tl.float32), b_a.to(tl.float32), acc, input_precision=PRECISION)
+    else:
+        a_hi, a_mid, a_lo = bfloat16_parts(b_a.to(tl.float32), EXACT)
+        if b_x.dtype == tl.bfloat16:
+            if EXACT:
+                acc = tl.dot(b_x, a_lo, acc)
+            acc = tl.dot(b_x, a_mid, acc)
+            acc = tl.dot(b_x, a_hi, acc)
+        else:
+            x_hi, x_mid, _ = bfloat16_parts(b_x.to(tl.float32), False)
+            if EXACT:
+                acc = tl.dot(x_mid, a_mid, acc)
+                acc = tl.dot(x_hi, a_lo, acc)
+            acc = tl.dot(x_mid, a_hi, acc)
+            acc = tl.dot(x_hi, a_mid, acc)
+            acc = tl.dot(x_hi, a_hi, acc)
+    return acc
+
+
+@triton.jit
 def rows_times_matrix(
     acc,  # [BLOCK_M, BLOCK_D] float32
-    x,  # row 0 of X [rows, D], any float dtype
+    x,  # the first of BLOCK_M rows of X [rows, D], any float dtype
     s_xn,
     s_xd,
-    o_m,  # int64 [BLOCK_M] rows of X
-    mask_m,
+    mask_m,  # [BLOCK_M]
     matrix,  # A [D, D] float32
-    s_af,
-    s_ae,
+    wanted,  # False: A is not read and taken as 0
+    TRANSPOSED: tl.constexpr,  # A^T in place of A
+    EXACT: tl.constexpr,  # of wide_dot
     D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_F: tl.constexpr,
     PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
-    """acc + X A in float32; A^T is the same call with its strides exchanged."""
+    """acc + X A in float32."""
     o_e = tl.arange(0, BLOCK_D)
+    o_x = tl.arange(0, BLOCK_M).to(tl.int64)[:, None] * s_xn
     for f in tl.range(0, D, BLOCK_F):
         o_f = f + tl.arange(0, BLOCK_F)
         mask_f = o_f < D
-        b_x = tl.load(x + o_m[:, None] * s_xn + o_f[None, :] * s_xd, mask=mask_m[:, None] & mask_f[None, :], other=0.0)
-        b_a = tl.load(
-            matrix + o_f[:, None] * s_af + o_e[None, :] * s_ae, mask=mask_f[:, None] & (o_e < D)[None, :], other=0.0
-        )
-        acc = tl.dot(b_x.to(tl.float32), b_a, acc, input_precision=PRECISION)
+        b_x = tl.load(x + o_x + o_f[None, :] * s_xd, mask=mask_m[:, None] & mask_f[None, :], other=0.0)
+        if TRANSPOSED:
+            mask = (o_e < D)[:, None] & mask_f[None, :] & wanted
+            b_a = tl.trans(tl.load(matrix + o_e[:, None] * D + o_f[None, :], mask=mask, other=0.0))
+        else:
+            mask = mask_f[:, None] & (o_e < D)[None, :] & wanted
+            b_a = tl.load(matrix + o_f[:, None] * D + o_e[None, :], mask=mask, other=0.0)
+        acc = wide_dot(operand(b_x, UPCAST), b_a, acc, EXACT, PRECISION)
     return acc

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import chunk, dot, inside_tile, load_factor, load_spans, load_tile, open_side, row_tile
+from .common import dot, inside_tile, load_factor, load_spans, load_tile, open_side, row_tile
 from .kernel_args import SpanArgs, plain_blocks, plain_scaling, plain_spans
 from .products import load_centred
 from .rows import (
@@ -24,6 +24,16 @@ from .rows import (
     target_gradient,
     target_logits,
 )
+
+
+@triton.constexpr_function
+def chunk(size, kind, width=0, other=0):
+    """A chunk of columns or of a sum. Kind "softmax": at most 16, since its factors are formed from more registers.
+
+    32 at least where rows have half the width of the other side's, or less: they leave registers for it.
+    """
+    size = min(size, 16) if kind == "softmax" else size
+    return max(size, 32) if width < other else size
 
 
 @triton.jit

@@ -18,7 +18,6 @@ import triton
 import triton.language as tl
 
 from .common import (
-    chunk,
     dot,
     load_factor,
     load_grad_loss,
@@ -32,7 +31,7 @@ from .common import (
 )
 from .kernel_args import UNSPECIALIZED, SpanArgs, plain_blocks, plain_scaling, plain_spans, plain_work
 from .rows import side_scale
-from .small import row_gradients
+from .small import chunk, row_gradients
 
 
 @triton.jit
