@@ -40,7 +40,9 @@ def measure_ceilings(device: str, seconds: float = 0.5, scale: float = 1.0, cloc
 
     found = {"copy": rate(*_copy(torch.randn(sizes["copy"], device=device)))}
     n = sizes["matmul"]
-    dtypes = [("float32", torch.float32), ("bfloat16", torch.bfloat16)]
+    dtypes = [("float32", torch.float32)]
+    if device == "cpu" or torch.cuda.get_device_capability() >= (8, 0):  # before, without tensor cores
+        dtypes.append(("bfloat16", torch.bfloat16))
     if device == "cuda":  # a CPU without float16 units takes a minute for one product
         dtypes.append(("float16", torch.float16))
     for name, dtype in dtypes:

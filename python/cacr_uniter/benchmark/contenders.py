@@ -165,8 +165,8 @@ def make(name: str, variant: str, kind: str, dtype: str, device: str) -> Contend
 
 
 def _sdpa(dtype: str, device: str) -> Contender:
-    """Flash attention; memory-efficient attention where flash does not take the dtype (float32 on a GPU)."""
-    efficient = device == "cuda" and dtype == "float32"
+    """Flash attention; on a GPU memory-efficient attention for float32 and before 8.0, which flash does not take."""
+    efficient = device == "cuda" and (dtype == "float32" or torch.cuda.get_device_capability() < (8, 0))
     backend = SDPBackend.EFFICIENT_ATTENTION if efficient else SDPBackend.FLASH_ATTENTION
 
     def function(q: Tensor, k: Tensor, v: Tensor, n_text: int) -> Tensor:

@@ -36,7 +36,7 @@ class Plan:
         seconds: of timing each direction.
         processes: fresh processes in which a CPU is timed; their samples are put together.
         longest: a contender whose least work takes longer than so many seconds is skipped.
-        budget: seconds after the ceilings, after which nothing new is started.
+        budget: seconds, with those of the ceilings, after which nothing new is started.
         compiled: whether torch.compile takes part (compiling costs more than measuring).
         contenders: only these; none means all.
         threads: of a CPU; default torch's own choice.
@@ -102,8 +102,8 @@ def run_benchmark(plan: Plan, out: Path, progress: Progress) -> list[Row]:
     Returns:
         The rows of ``kernels.csv`` that were written.
     """
-    ceilings = measured_ceilings(plan.device, out, 0.3 if plan.seconds < 0.5 else 1.0, plan.threads, plan.clock)
     deadline = time.monotonic() + plan.budget
+    ceilings = measured_ceilings(plan.device, out, 0.3 if plan.seconds < 0.5 else 1.0, plan.threads, plan.clock)
     batches = plan.batches()
     total = sum(len(batch) for batch in batches)
     written: list[Row] = []
@@ -187,8 +187,11 @@ def _on_cpu(plan: Plan, jobs: list[Job]) -> Iterator[tuple[int, list[Row]]]:
 
 
 def _patience(plan: Plan) -> float:
-    """Seconds without an answer after which a process is given up: compiling, the float64 reference, the calls."""
-    return 120 + 40 * plan.longest
+    """Seconds without an answer after which a process is given up: compiling, the float64 reference, the calls.
+
+    A third of a budget at most, so that a call that hangs leaves time for the others.
+    """
+    return min(120 + 40 * plan.longest, max(30, plan.budget / 3))
 
 
 def least_seconds(job: Job, shape: Shape, ceilings: Mapping[str, float]) -> float:

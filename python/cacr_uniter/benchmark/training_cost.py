@@ -125,7 +125,8 @@ class Trainer:
         if setting.memory_limit is not None and self.device.type == "cuda":
             limit_memory(self.device, setting.memory_limit - CUDA_CONTEXT)
         sizes = {"tiny": UniterConfig(**TINY), "base": UniterConfig.base(), "large": UniterConfig.large()}
-        model, _ = build_model(config.model, sizes[setting.model], seed=0)
+        with self.device:  # a CPU takes seconds for the numbers of the large one
+            model, _ = build_model(config.model, sizes[setting.model], seed=0)
         model.to(self.device)
         self.model: UniterForRetrieval = model
         self.source = synthetic_source(setting.n_text, setting.n_vision, setting.group, model.config.img_dim)

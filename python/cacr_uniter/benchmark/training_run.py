@@ -110,9 +110,14 @@ def run_settings(settings: list[Setting], out: Path, progress: Progress, budget:
         device = batch[0].device
         limit = batch[0].memory_limit if device == "cpu" else None
         if time.monotonic() - start < budget:
-            for index, rows in run_tasks(
-                tasks, device, timeout=300, environment=MALLOC_RETURNS if device == "cpu" else None, memory_limit=limit
-            ):
+            answers = run_tasks(
+                tasks,
+                device,
+                timeout=min(300, max(60, budget / 3)),
+                environment=MALLOC_RETURNS if device == "cpu" else None,
+                memory_limit=limit,
+            )
+            for index, rows in answers:
                 write(batch[index], rows[-1])
                 finished = index + 1
                 if time.monotonic() - start > budget:
