@@ -99,7 +99,7 @@ class Case:
 class Report:
     """What the compiler made of a case: registers and stack bytes a thread, shared memory, operands of its products.
 
-    ``instructions``: of the machine code, each loop counted once.
+    ``instructions``: of the machine code, each loop counted once. ``stale``: see :func:`stale_sums`.
     """
 
     registers: int
@@ -107,6 +107,7 @@ class Report:
     shared: int
     dots: frozenset[str]
     instructions: int = 0
+    stale: tuple[str, ...] = ()
 
     def excesses(self, arch: int, measured: bool) -> list[str]:
         """Resources beyond the limits of sm_``arch``; an entry that a GPU ``measured`` may spill."""
@@ -116,6 +117,9 @@ class Report:
         limit = SHARED_LIMIT[family(arch)]
         if self.shared > limit:
             found.append(f"needs {self.shared} B of shared memory, sm_{arch} has {limit}")
+        found += [f"ptxas added the wrong register: {instruction}" for instruction in self.stale]
+        if "tensor memory" in self.dots:
+            found.append("multiplies in tensor memory: see configs.SPLIT_REGISTERS")
         return found
 
     def faults(self, case: Case) -> list[str]:
@@ -170,6 +174,24 @@ def argument(problem: Problem, dtype: str, name: str) -> Any:
     return 7
 
 
+def stale_sums(machine_code: str) -> tuple[str, ...]:
+    """Upper halves of 64-bit sums of uniform registers whose addend is the register of the lower half.
+
+    ptxas 12.8 made such descriptors of shared memory for Hopper's products, which an H100 then read out of bounds.
+    """
+    found = []
+    carry, addend = "", ""
+    for name, operands in re.findall(r"\*/\s+(?:@!?U?P\d+ )?([A-Z0-9_.]+) (.*?) ;", machine_code):
+        target, *rest = operands.split(", ")
+        if name == "UIADD3.X" and carry in rest and addend in rest:
+            found.append(f"{name} {operands}")
+        if name == "UIADD3" and rest[0].startswith("UP") and rest[1].startswith("UR"):
+            carry, addend = rest[:2]
+        elif target == addend:  # it holds another number from here on
+            carry = addend = ""
+    return tuple(found)
+
+
 def inspect(compiled: Any) -> Report:
     """Resource usage from the cubin, and the operand types of the tensor-core instructions in the PTX."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -181,8 +203,10 @@ def inspect(compiled: Any) -> Report:
     usage = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
     products = re.findall(r"^\s*(?:@\S+\s+)?((?:wgmma\.mma|mma\.|tcgen05\.mma)\S*)", compiled.asm["ptx"], re.MULTILINE)
     dots = frozenset(kind for line in products for kind in ("tf32", "bf16", "f16") if f".{kind}" in line)
+    dots |= {"tensor memory" for line in products if line.startswith("tcgen05")}
     instructions = len(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s", text, re.MULTILINE))
-    return Report(usage["REG"], usage["STACK"] + usage["LOCAL"], compiled.metadata.shared, dots, instructions)
+    spill = usage["STACK"] + usage["LOCAL"]
+    return Report(usage["REG"], spill, compiled.metadata.shared, dots, instructions, stale_sums(text))
 
 
 def compile_case(case: Case) -> Report:
@@ -252,10 +276,10 @@ QUICK = (
     Case("own_128", 90, "bfloat16", "scores", narrow=True),
     Case("whole_forward_128", 90, "float16", "scores", narrow=True),
     Case("whole_backward_128", 90, "bfloat16", "scores", narrow=True, ragged=False),
-    Case("whole_forward_64", 100, "bfloat16", "probs"),
-    Case("whole_backward_64", 100, "float16", "softmax", narrow=True),
+    Case("whole_forward_64", 90, "bfloat16", "probs"),
+    Case("whole_backward_64", 90, "float16", "softmax"),
     Case("whole_rows_128", 90, "float32", "scores", narrow=True),
-    Case("whole_rows_64", 100, "float32", "probs"),
+    Case("whole_rows_64", 90, "float32", "probs"),
     Case("own_64", 80, "float32", "scores"),
     Case("numbers", 100, "bfloat16", "softmax"),
     Case("fill", 80, "float32", "scores"),

@@ -75,9 +75,11 @@ class Plan:
         return self.whole is not None and fits
 
 
-def kernels(small: int, k: int, large: int, warps: int) -> dict[str, Launch]:
-    """The small path takes 64 rows a tile, with four warps for rows of up to 64 tokens and eight beyond. Large spans
-    take few rows or 32 x 32 tiles where rows are compared (registers), ``large`` tiles for plain products.
+def kernels(
+    small: int, k: int, large: int, warps: int, rows: int = 64, threads: tuple[int, int] = (4, 8)
+) -> dict[str, Launch]:
+    """The small path takes ``rows`` a tile, with as many warps as ``threads`` says for rows of up to 64 tokens and
+    beyond. Large spans take 32 x 32 tiles where rows are compared (registers), ``large`` tiles for plain products.
 
     Dots in chunks of ``small`` numbers where rows are held whole, shorter ones for four warps; elsewhere of ``k``. All
     kernels that form X form it bit for bit alike, since rows near one-hot amplify a difference between forward and
@@ -85,13 +87,13 @@ def kernels(small: int, k: int, large: int, warps: int) -> dict[str, Launch]:
     Hopper and Blackwell.
     """
     found = {}
-    for bucket, threads in zip(BUCKETS, (4, 8)):
+    for bucket, many in zip(BUCKETS, threads):
         shorter = min(small, bucket // 4)
         for name in ("forward", "rows", "cross", "own"):
-            found[f"{name}_{bucket}"] = launch(i=64, c=shorter, k=small, warps=threads)
+            found[f"{name}_{bucket}"] = launch(i=rows, c=shorter, k=small, warps=many)
         for name in ("whole_forward", "whole_backward"):
-            found[f"{name}_{bucket}"] = launch(warps=threads)
-        found[f"whole_rows_{bucket}"] = launch(i=64, warps=threads)
+            found[f"{name}_{bucket}"] = launch(warps=many)
+        found[f"whole_rows_{bucket}"] = launch(i=rows, warps=many)
     return found | {
         "numbers": launch(i=16, j=128),
         "fill": launch(i=16, j=128),
@@ -110,6 +112,10 @@ TF32X3 = Plan("tf32x3", kernels(16, 16, 64, 8))
 TF32X3_WHOLE = replace(TF32X3, whole="logits")
 SPLIT = Plan("split", kernels(32, 32, 64, 8))
 SPLIT_WHOLE = replace(SPLIT, whole="sides")
+#: Blackwell: dots of fewer than 64 rows, which stay out of tensor memory. Triton 3.6 to 3.8 compute wrong results
+#: where two dots of a loop add to one accumulator there (triton-lang/triton issue 10821), as parts of a factor do.
+TF32X3_REGISTERS = Plan("tf32x3", kernels(16, 16, 32, 4, rows=32, threads=(4, 4)))
+SPLIT_REGISTERS = Plan("split", kernels(32, 32, 32, 4, rows=32, threads=(2, 4)))
 
 DTYPES = ("float32", "float16", "bfloat16")
 ARCHITECTURES = (80, 86, 89, 90, 100)
@@ -118,7 +124,7 @@ TABLE: dict[int, dict[str, Plan]] = {
     86: {"float32": IEEE, "float16": SPLIT, "bfloat16": SPLIT},
     89: {"float32": IEEE, "float16": SPLIT, "bfloat16": SPLIT},
     90: {"float32": TF32X3_WHOLE, "float16": SPLIT_WHOLE, "bfloat16": SPLIT_WHOLE},
-    100: {"float32": TF32X3_WHOLE, "float16": SPLIT_WHOLE, "bfloat16": SPLIT_WHOLE},
+    100: {"float32": TF32X3_REGISTERS, "float16": SPLIT_REGISTERS, "bfloat16": SPLIT_REGISTERS},
 }
 
 #: tile sizes of each kernel
@@ -158,9 +164,9 @@ INTERPRETER = Plan(
 def family(arch: int) -> int:
     """The architecture of the table that serves the compute capability ``arch`` (10 * major + minor).
 
-    From 110 on, consumer cards have the 99 KB of shared memory of sm_89.
+    From 120 on, consumer cards have the 99 KB of shared memory of sm_89, and no tensor memory.
     """
-    return arch if arch in TABLE else 89 if arch >= 110 else max(known for known in TABLE if known <= arch)
+    return arch if arch in TABLE else 89 if arch >= 120 else max(known for known in TABLE if known <= arch)
 
 
 def plan(arch: int, dtype: str) -> Plan:

@@ -95,16 +95,11 @@ _HOPPER_32 = {
     "rows": {32: (16, 32, 4, 2), 64: (32, 64, 8, 2), 128: (16, 32, 8, 1)},
     "columns": {32: (32, 32, 4, 2), 64: (64, 32, 8, 2), 128: (32, 16, 8, 1)},
 }
-#: Blackwell's tensor-core instructions keep more of a tile in registers
+#: fewer than 64 rows a dot on Blackwell: see configs.SPLIT_REGISTERS
 _BLACKWELL_16 = {
-    "forward": {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 2)},
-    "rows": {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 2)},
-    "columns": {32: (64, 64, 8, 2), 64: (64, 64, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 2)},
-}
-_BLACKWELL_FLOAT16 = {
-    "forward": _BLACKWELL_16["forward"],
-    "rows": {32: (64, 64, 4, 2), 64: (64, 64, 8, 2), 128: (64, 32, 8, 2), 256: (32, 32, 8, 2)},
-    "columns": {32: (64, 64, 8, 2), 64: (64, 64, 8, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 2)},
+    "forward": {32: (32, 64, 2, 2), 64: (32, 64, 2, 2), 128: (32, 64, 4, 2), 256: (32, 32, 8, 2)},
+    "rows": {32: (32, 64, 2, 2), 64: (32, 64, 2, 2), 128: (32, 32, 4, 2), 256: (32, 32, 8, 2)},
+    "columns": {32: (64, 32, 2, 2), 64: (64, 32, 4, 2), 128: (32, 32, 4, 2), 256: (32, 32, 8, 2)},
 }
 #: largest head size for which peeled tiles leave enough registers, on Hopper
 _PEELED = {
@@ -119,7 +114,7 @@ _TILES = {
     (9, torch.float16): _HOPPER_FLOAT16,
     (9, torch.bfloat16): _HOPPER_16,
     (9, torch.float32): _HOPPER_32,
-    (10, torch.float16): _BLACKWELL_FLOAT16,
+    (10, torch.float16): _BLACKWELL_16,
     (10, torch.bfloat16): _BLACKWELL_16,
     (10, torch.float32): _HOPPER_32,
 }
@@ -142,11 +137,15 @@ def _rule(kernel: str, arch: int, dtype: torch.dtype, d: int) -> Launch:
     if kernel == "wide":
         return Launch(32, 32, 4, 1)
     wide = dtype == torch.float32
+    registers = configs.family(arch) == 100
+    if kernel == "gram" and registers:
+        return Launch(32, 16, 4, 2) if wide else Launch(32, 64, 4, 2)
     if kernel == "gram":
         return Launch(64, 16, 4, 2) if wide else Launch(64, 64, 4, 3 if d <= 128 else 2)
     if kernel == "mix":
         return Launch(32, 64 if d <= 64 else 32, 8, 1)
     if kernel == "tokens":
-        return Launch(32 if d > 128 else 64, 32 if wide or d > 64 else 64, 8 if d > (64 if wide else 128) else 4, 1)
+        warps = 8 if d > (64 if wide else 128) else 4
+        return Launch(32 if d > 128 or registers else 64, 32 if wide or d > 64 else 64, warps, 1)
     column = min(arch // 10, 10) if 90 <= arch < 120 else 8  # sm_120 has the shared memory of sm_86
     return Launch(*_TILES[column, dtype][kernel][d], peel=column == 9 and d <= _PEELED[dtype][kernel])

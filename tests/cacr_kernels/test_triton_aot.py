@@ -107,7 +107,25 @@ def test_the_table_is_complete():
             assert set(TABLE[arch][dtype].kernels) == set(aot.KERNELS) == set(INTERPRETER.kernels)
     assert plan(87, "float32") is TABLE[86]["float32"]
     assert plan(103, "bfloat16") is TABLE[100]["bfloat16"]
+    assert plan(110, "float32") is TABLE[100]["float32"]
     assert plan(120, "float32") is TABLE[89]["float32"]
+
+
+def test_a_sum_of_the_wrong_register_is_found():
+    """From the machine code that read out of bounds on an H100, and the same with the register set in between."""
+    lower = "        /*70e0*/                   UIADD3 UR34, UP0, UR4, 0x40, URZ ;  /* 0x1 */\n"
+    upper = "        /*70f0*/                   UIADD3.X UR35, UR4, -0x7fffffe0, URZ, UP0, !UPT ;\n"
+    between = "        /*70e8*/                   UMOV UR4, URZ ;\n"
+    good = "        /*70f0*/                   UIADD3.X UR35, UR5, -0x7fffffe0, URZ, UP0, !UPT ;\n"
+    assert aot.stale_sums(lower + upper) == ("UIADD3.X UR35, UR4, -0x7fffffe0, URZ, UP0, !UPT",)
+    assert aot.stale_sums(lower + between + upper) == aot.stale_sums(lower + good) == ()
+    report = aot.Report(1, 0, 0, frozenset(), stale=aot.stale_sums(lower + upper))
+    assert "wrong register" in report.faults(aot.Case("own_64", 90, "bfloat16", "scores"))[0]
+
+
+def test_products_in_tensor_memory_are_a_fault():
+    report = aot.Report(1, 0, 0, frozenset({"bf16", "tensor memory"}))
+    assert "tensor memory" in report.faults(aot.Case("own_64", 100, "bfloat16", "scores"))[0]
 
 
 def test_kernels_that_form_x_form_it_alike():
