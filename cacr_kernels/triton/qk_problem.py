@@ -55,7 +55,10 @@ class QKProblem:
 
     def finish_tiles(self, block: int) -> tuple[int, int, int]:
         """Tiles of the rows of text, of both spans, and with those of all tokens, which fill what lies outside."""
-        text, vision, every = (triton.cdiv(n, block) for n in (self.spans.n_text, self.spans.n_vision, self.n))
+        spans = self.spans
+        text, vision, every = (triton.cdiv(n, block) for n in (spans.n_text, spans.n_vision, self.n))
+        if spans.table is None and min(text, vision) > 0 and spans.n_text + spans.n_vision == self.n:
+            every = 0  # nothing lies outside
         return text, text + vision, text + vision + every
 
     def float32(self, *shape: int) -> Tensor:

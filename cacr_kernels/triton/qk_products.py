@@ -29,16 +29,17 @@ def gram_dot(b_x, b_y, acc, PRECISION: tl.constexpr):
     return acc
 
 
-@triton.jit(do_not_specialize=["heads", "group", "chunks", "chunk_tokens", "first_block"])
+@triton.jit(do_not_specialize=["heads", "group", "chunks", "chunk_tokens", "matrices", "first_block"])
 def qk_gram_kernel(
     x,  # Block [B, Hx, N, D]
     y,  # Block [B, H, N, D], of x's dtype or float32
-    out,  # float32 [B, H, 2, chunks, 1 + SQUARE, D, D]
+    out,  # float32 [B, H, 2, matrices, D, D]: written, those of chunk after chunk
     spans,  # SpanArgs
     heads,
     group,
     chunks,
     chunk_tokens,
+    matrices,
     first_block,
     D: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -79,7 +80,7 @@ def qk_gram_kernel(
                 b_z = operand(b_z, UPCAST)
             acc_square = gram_dot(b_x, b_z, acc_square, PRECISION)
         acc = gram_dot(b_x, b_y, acc, PRECISION)
-    out += ((i_bh * 2 + i_block) * chunks + i_chunk) * ((2 if SQUARE else 1) * D * D)
+    out += ((i_bh * 2 + i_block) * matrices + i_chunk * (2 if SQUARE else 1)) * (D * D)
     o_out = o_e[:, None] * D + o_f[None, :]
     mask_out = (o_e < D)[:, None] & (o_f < D)[None, :]
     tl.store(out + o_out, acc, mask=mask_out)
@@ -87,13 +88,14 @@ def qk_gram_kernel(
         tl.store(out + D * D + o_out, acc_square, mask=mask_out)
 
 
-@triton.jit(do_not_specialize=["heads", "chunks", "first_block"])
+@triton.jit(do_not_specialize=["heads", "chunks", "matrices", "first_block"])
 def qk_mix_kernel(
-    sums,  # float32 [B, H, 2, chunks, 2, D, D]: C_b and W_b of every chunk of tokens
+    sums,  # float32 [B, H, 2, matrices, D, D]: C_b and W_b of every chunk of tokens; of one, products itself
     products,  # float32 [B, H, 2, 3, D, D]: written, C_b, W_b and M_a = alpha C_b W_b
     spans,  # SpanArgs
     heads,
     chunks,
+    matrices,
     first_block,
     alpha,  # projection_scale c^3
     MEAN: tl.constexpr,  # also divide by n_b^2
@@ -112,7 +114,7 @@ def qk_mix_kernel(
     mask_m = (o_m < D)[:, None]
     mask_e = (o_e < D)[None, :]
     _, n, _, _ = open_rows(spans, i_bh // heads, i_block == 0)
-    sums += (i_bh * 2 + i_block) * chunks * (2 * D * D)
+    sums += (i_bh * 2 + i_block) * matrices * (D * D)
     products += (i_bh * 2 + i_block) * (3 * D * D)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for f in tl.range(0, D, BLOCK_F):
@@ -123,8 +125,8 @@ def qk_mix_kernel(
         o_w = o_f[:, None] * D + o_e[None, :]
         b_c = load_sum(sums, o_c, 2 * D * D, chunks, mask_c, 8)
         b_w = load_sum(sums + D * D, o_w, 2 * D * D, chunks, mask_w, 8)
-        tl.store(products + o_c, b_c, mask=mask_c)
-        tl.store(products + D * D + o_w, b_w, mask=mask_w & (tl.program_id(2) == 0))
+        tl.store(products + o_c, b_c, mask=mask_c & (chunks > 1))
+        tl.store(products + D * D + o_w, b_w, mask=mask_w & (chunks > 1) & (tl.program_id(2) == 0))
         acc = wide_dot(b_c, b_w, acc, False, PRECISION)
     acc *= projection_factor(alpha, n, MEAN)
     tl.store(products + 2 * D * D + o_m[:, None] * D + o_e[None, :], acc, mask=mask_m & mask_e)

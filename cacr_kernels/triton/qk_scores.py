@@ -16,17 +16,21 @@ from .qk_products import qk_chain_kernel, qk_gram_kernel, qk_mix_kernel, qk_proj
 from .qk_wide import Factors
 
 
-def gram(problem: QKProblem, x: Tensor, y: Tensor, first_block: int, square: bool) -> tuple[Tensor, int]:
+def gram(
+    problem: QKProblem, x: Tensor, y: Tensor, first_block: int, square: bool, out: Tensor | None = None
+) -> tuple[Tensor, int]:
     """X_b^T Y_b (and X_b^T X_b if ``square``) of every chunk of tokens, and the number of chunks.
 
-    Float32 [B, H, 2, chunks, 1 (2), D, D]; the kernels that read them add the chunks.
+    Float32 [B, H, 2, chunks, D, D], with ``square`` [B, H, 2, 2 chunks, D, D]; kernels that read them add the chunks.
+    ``out`` [B, H, 2, 2 or more, D, D] takes those of a single chunk.
     """
     p, tile = problem, problem.launch("gram")
     block_e = min(p.block_d, tile.m)
     tiles = triton.cdiv(p.d, block_e) ** 2
     longest = max(p.spans.n_text, p.spans.n_vision)
     chunks, chunk_tokens = gram_chunks(longest, tile.n, p.batch * p.heads * p.n_blocks * tiles)
-    out = p.float32(p.batch, p.heads, 2, chunks, 2 if square else 1, p.d, p.d)
+    if out is None or chunks > 1:
+        out = p.float32(p.batch, p.heads, 2, 2 * chunks if square else chunks, p.d, p.d)
     qk_gram_kernel[(p.batch * p.heads, p.n_blocks * chunks, tiles)](
         block(x),
         block(y),
@@ -36,6 +40,7 @@ def gram(problem: QKProblem, x: Tensor, y: Tensor, first_block: int, square: boo
         p.heads // max(x.shape[1], 1),
         chunks,
         chunk_tokens,
+        out.shape[3],
         first_block,
         D=p.d,
         BLOCK_E=block_e,
@@ -53,13 +58,14 @@ def products_of(problem: QKProblem) -> Tensor:
     """Float32 [B, H, 2, 3, D, D]: C_b = K_b^T Q_b, W_b = K_b^T K_b, M = s c^3 C_b W_b of the blocks a side needs."""
     p, tile = problem, problem.launch("mix")
     products = p.saved(p.batch, p.heads, 2, 3, p.d, p.d)
-    sums, chunks = gram(p, p.k, p.q, p.first_block, True)
+    sums, chunks = gram(p, p.k, p.q, p.first_block, True, products)
     qk_mix_kernel[(p.batch * p.heads, p.n_blocks, triton.cdiv(p.d, tile.m))](
         sums,
         products,
         p.span_args,
         p.heads,
         chunks,
+        sums.shape[3],
         p.first_block,
         p.alpha,
         MEAN=p.options.projection_mean,

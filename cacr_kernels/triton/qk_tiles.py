@@ -167,7 +167,7 @@ def load_sum(p, o, s, count, mask, UNROLL: tl.constexpr):
 
 @triton.jit
 def leading(x):
-    """float32 x rounded to a bfloat16's bits, in float32 still: integers, as single conversions are slow."""
+    """float32 x rounded to the bits of a bfloat16, in float32 still: by integers, as single conversions are slow."""
     bits = (x.to(tl.uint32, bitcast=True) + 0x8000) & 0xFFFF0000
     return bits.to(tl.uint32).to(tl.float32, bitcast=True)
 

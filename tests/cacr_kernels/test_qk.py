@@ -183,6 +183,17 @@ def test_long_spans_are_summed_in_chunks(device_of_triton, monkeypatch):
         check("triton", *make_qk(200, 32, device=device_of_triton, std=0.5), 165, sides=sides)
 
 
+def test_chunks_cover_the_span():
+    from cacr_kernels.triton.qk_launch import GRAM_PROGRAMS, gram_chunks
+
+    for longest in (0, 1, 255, 256, 511, 512, 2048, 8191, 100_000):
+        for programs in (0, 1, 32, 24, 1000):
+            chunks, tokens = gram_chunks(longest, 64, programs)
+            assert tokens % 64 == 0
+            assert (chunks - 1) * tokens < max(longest, 1) <= chunks * tokens
+            assert chunks == 1 or (chunks - 1) * programs < GRAM_PROGRAMS
+
+
 def layouts(device):
     base = make_qk(24, 32, heads=2, device=device, std=0.7)
     fused = make_qk(24, 64, heads=2, device=device, std=0.7)
