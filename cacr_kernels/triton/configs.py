@@ -141,6 +141,12 @@ MEASURED: dict[int, dict[Key, Launch]] = {
         for dtype in DTYPES
         for name in ("forward", "rows", "cross", "own")
     }
+    # the same of the tiles of long spans, not measured
+    | {
+        Key("scores", name, dtype): launch(i=64, c=64, k=16 if dtype == "float32" else 32)
+        for dtype in DTYPES
+        for name in ("project", "large_v")
+    }
     | {
         # B H = 8, T = R = 2048: 207 and 263 us; 64 rows with four warps 231 and 285
         Key("qk", "rows", "bfloat16", 128): Launch({"BLOCK_M": 128, "BLOCK_N": 64}, 8, 2),

@@ -145,7 +145,8 @@ def _rule(kernel: str, arch: int, dtype: torch.dtype, d: int) -> Launch:
     if kernel == "mix":
         return Launch(32, 64 if d <= 64 else 32, 8, 1)
     if kernel == "tokens":
-        warps = 8 if d > (64 if wide else 128) else 4
-        return Launch(32 if d > 128 or registers else 64, 32 if wide or d > 64 else 64, warps, 1)
+        if d > (64 if wide else 128):
+            return Launch(32, 32, 8, 1)
+        return Launch(32 if registers else 64, 32 if wide or d > 64 else 64, 4, 1)
     column = min(arch // 10, 10) if 90 <= arch < 120 else 8  # sm_120 has the shared memory of sm_86
     return Launch(*_TILES[column, dtype][kernel][d], peel=column == 9 and d <= _PEELED[dtype][kernel])

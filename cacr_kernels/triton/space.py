@@ -75,11 +75,15 @@ def forms_x_alike(key: Key, launch: Launch, arch: int) -> bool:
 
 
 def rows_per_warp(key: Key, launch: Launch, arch: int) -> bool:
-    """False where a dot of a dot has more warps than its rows fill, 16 rows a warp, on Hopper: see configs.MEASURED."""
+    """False where dots that follow on each other have more warps than their rows fill, 16 rows a warp, on Hopper.
+
+    See configs.MEASURED. The products of a float32 factor's parts follow on each other too.
+    """
     if key.variant == "scores":
-        axis = "BLOCK_I" if key.kernel.split("_")[0] in ("forward", "rows", "cross", "own") else None
+        parts = ("forward", "rows", "cross", "own", "project", "large_v")
+        axis = "BLOCK_I" if key.kernel.startswith(parts) else None
     else:
-        axis = {"forward": "BLOCK_M", "rows": "BLOCK_M", "columns": "BLOCK_N"}.get(key.kernel)
+        axis = "BLOCK_N" if key.kernel == "columns" else "BLOCK_M"
     if axis is None or family(arch) != 90 or launch.blocks[axis] < 64:
         return True
     return 16 * launch.num_warps <= launch.blocks[axis]

@@ -174,15 +174,18 @@ def test_entries_that_were_measured_and_committed_come_before_the_rules(file, gp
 
 def test_a_dot_of_a_dot_has_no_more_warps_than_rows_on_hopper():
     """Each takes 16 rows: with twice as many an H100 computed wrong losses."""
-    for kernel in ("forward_128", "rows_128", "cross_128", "own_128", "forward_64", "own_64"):
+    for kernel in ("forward_128", "rows_128", "cross_128", "own_128", "forward_64", "own_64", "project", "large_v"):
         for dtype in configs.DTYPES:
             key = Key("scores", kernel, dtype)
             builtin = space.builtin(key, 90)
             assert builtin.num_warps == 4
             assert not space.possible(key, replace(builtin, num_warps=8), 90)
-    for kernel, rows in (("forward", "BLOCK_M"), ("rows", "BLOCK_M"), ("columns", "BLOCK_N")):
+    for kernel in QK_BLOCKS:
+        rows = "BLOCK_N" if kernel == "columns" else "BLOCK_M"
         for dtype in configs.DTYPES:
-            for head in HEADS if dtype != "float32" else HEADS[:-1]:  # longer ones are "wide"
+            for head in HEADS:
+                if kernel in ("forward", "rows", "columns") and (dtype, head) == ("float32", HEADS[-1]):
+                    continue  # these are "wide"
                 builtin = space.builtin(Key("qk", kernel, dtype, head), 90)
                 assert builtin.blocks[rows] < 64 or 16 * builtin.num_warps <= builtin.blocks[rows]
 
