@@ -114,7 +114,7 @@ _TILES = {
     (9, torch.float16): _HOPPER_FLOAT16,
     (9, torch.bfloat16): _HOPPER_16,
     (9, torch.float32): _HOPPER_32,
-    (10, torch.float16): _BLACKWELL_16,
+    (10, torch.float16): _BLACKWELL_16 | {"rows": _BLACKWELL_16["rows"] | {64: (32, 32, 2, 2)}},
     (10, torch.bfloat16): _BLACKWELL_16,
     (10, torch.float32): _HOPPER_32,
 }
