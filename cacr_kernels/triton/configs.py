@@ -115,7 +115,7 @@ SPLIT_WHOLE = replace(SPLIT, whole="sides")
 #: Blackwell: dots of fewer than 64 rows, which stay out of tensor memory. Triton 3.6 to 3.8 compute wrong results
 #: where two dots of a loop add to one accumulator there (triton-lang/triton issue 10821), as parts of a factor do.
 TF32X3_REGISTERS = Plan("tf32x3", kernels(16, 16, 32, 4, rows=32, threads=(4, 4)))
-SPLIT_REGISTERS = Plan("split", kernels(32, 32, 32, 4, rows=32, threads=(4, 4)))
+SPLIT_REGISTERS = replace(TF32X3_REGISTERS, dot="split")
 
 DTYPES = ("float32", "float16", "bfloat16")
 ARCHITECTURES = (80, 86, 89, 90, 100)

@@ -29,7 +29,7 @@ ORIGIN = {"device": "NVIDIA A", "torch": "2.13.0"}
 
 
 class Formula:
-    """Rows are fastest with 128 x 64 tiles and 8 warps, the forward as it is built in; two pipeline stages are wrong."""
+    """Rows are fastest in 128 x 64 tiles with 8 warps, the forward as it is built in; two pipeline stages are wrong."""
 
     arch = 90
 
