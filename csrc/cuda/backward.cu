@@ -2,6 +2,7 @@
 // and its Jacobian for kind softmax.
 #include "backward_blocks.cuh"
 #include "fill.cuh"
+#include "fused_backward.cuh"
 
 #include "launch.cuh"
 #include "row_softmax.cuh"
@@ -43,6 +44,13 @@ static int backward(const Problem& problem, i64 first, i64 count) {
     return error;
 }
 
+template <typename F>
+static int backward_fused(const Problem& problem) {
+    const auto kernel = CACR_FUSED_FOR(cacr_fused_backward_kernel, F, problem.spans);
+    return launch_shared(kernel, problem.batch * problem.heads, kWarp * fused_warps(problem.spans),
+                         fused_bytes(problem, true), problem.stream, problem);
+}
+
 i64 cacr_backward_workspace_cuda(const Problem& problem) {
     return (i64)sizeof(float) * larger(1, backward_floats(problem));
 }
@@ -54,6 +62,8 @@ int cacr_backward_cuda(const Problem& problem) {
     if (problem.batch * problem.heads == 0 || problem.spans.limit_text + problem.spans.limit_vision == 0) return 0;
     const int error = spans_cover(problem) ? 0 : fill(problem);
     if (error || problem.spans.n_text == 0 || problem.spans.n_vision == 0) return error;
+    if (fused_takes(problem, shared_limit(cacr_fused_backward_kernel<Half, 2>, kFusedArchitecture)))
+        return problem.dtype == DType::f16 ? backward_fused<Half>(problem) : backward_fused<Bfloat16>(problem);
     return for_chunks(problem, cacr_backward_workspace_cuda(problem), [&](i64 first, i64 count) {
         switch (problem.options.kind == Kind::softmax ? DType::f32 : problem.dtype) {
             case DType::f16: return backward<Half>(problem, first, count);

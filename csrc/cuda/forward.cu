@@ -1,5 +1,6 @@
-// Launches of the forward. At most three kernels a chunk: row softmax (kind softmax), projection and comparison, loss.
+// Launches of the forward. Short spans of 16 bits: one kernel. Otherwise at most three kernels a chunk: row softmax (kind softmax), projection and comparison, loss.
 #include "forward.cuh"
+#include "fused_forward.cuh"
 
 #include "launch.cuh"
 
@@ -21,6 +22,13 @@ static int forward(const Problem& problem, i64 first, i64 count) {
     return error ? error : launch(cacr_loss_kernel, count, 1, 1, kWarp, problem.stream, problem, first);
 }
 
+template <typename F>
+static int forward_fused(const Problem& problem) {
+    const auto kernel = CACR_FUSED_FOR(cacr_fused_forward_kernel, F, problem.spans);
+    return launch_shared(kernel, problem.batch * problem.heads, kWarp * fused_warps(problem.spans),
+                         fused_bytes(problem, false), problem.stream, problem);
+}
+
 i64 cacr_forward_workspace_cuda(const Problem& problem) {
     return (i64)sizeof(float) * larger(1, forward_floats(problem));
 }
@@ -29,6 +37,9 @@ int cacr_forward_cuda(const Problem& problem) {
     if (!fits_a_grid(problem)) return kInvalidValue;
     const DeviceScope scope(problem.device);
     if (scope.error()) return scope.error();
+    if (problem.batch * problem.heads == 0) return 0;
+    if (fused_takes(problem, shared_limit(cacr_fused_forward_kernel<Half, 2>, kFusedArchitecture)))
+        return problem.dtype == DType::f16 ? forward_fused<Half>(problem) : forward_fused<Bfloat16>(problem);
     return for_chunks(problem, cacr_forward_workspace_cuda(problem), [&](i64 first, i64 count) {
         switch (problem.options.kind == Kind::softmax ? DType::f32 : problem.dtype) {
             case DType::f16: return forward<Half>(problem, first, count);

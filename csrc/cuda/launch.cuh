@@ -40,6 +40,32 @@ int launch(void (*kernel)(Params...), i64 x, int y, int z, int threads, void* st
     return cudaGetLastError();
 }
 
+// Blocks of `threads` threads with `bytes` of dynamic shared memory.
+template <typename... Params, typename... Args>
+int launch_shared(void (*kernel)(Params...), i64 blocks, int threads, int bytes, void* stream, const Args&... args) {
+    if (bytes > 48 << 10) {
+        const int error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+        if (error) return error;
+    }
+    kernel<<<(unsigned)blocks, threads, bytes, (cudaStream_t)stream>>>(args...);
+    return cudaGetLastError();
+}
+
+// Dynamic shared memory that a block of the kernel may have on the current device, 0 where its code is for cards before
+// `architecture`.
+template <typename... Params>
+int shared_limit(void (*kernel)(Params...), int architecture) {
+    cudaFuncAttributes attributes;
+    int device = 0;
+    int limit = 0;
+    if (cudaFuncGetAttributes(&attributes, kernel) || cudaGetDevice(&device) ||
+        cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) {
+        cudaGetLastError();  // told here, not of the next launch
+        return 0;
+    }
+    return attributes.ptxVersion < architecture ? 0 : limit - (int)attributes.sharedSizeBytes;
+}
+
 }  // namespace cacr
 
 #endif

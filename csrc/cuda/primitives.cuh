@@ -11,13 +11,17 @@
 // blocks_per_sm bounds the registers: as many resident blocks as fit without spilling on any architecture.
 #define CACR_KERNEL(threads, blocks_per_sm) __global__ void __launch_bounds__(threads, blocks_per_sm)
 #define CACR_SHARED(type, name) __shared__ type name
+#define CACR_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 #define CACR_BARRIER() __syncthreads()
 #define CACR_UNROLL _Pragma("unroll")
 #define CACR_UNROLL_SOME _Pragma("unroll 4")
+#define CACR_PRAGMA(text) _Pragma(#text)
+#define CACR_UNROLL_BY(count) CACR_PRAGMA(unroll count)
 
 namespace cacr {
 
 CACR_DEVICE int thread_index() { return (int)threadIdx.x; }
+CACR_DEVICE int thread_count() { return (int)blockDim.x; }
 CACR_DEVICE i64 block_x() { return blockIdx.x; }
 CACR_DEVICE int block_y() { return (int)blockIdx.y; }
 CACR_DEVICE int block_z() { return (int)blockIdx.z; }
@@ -59,6 +63,75 @@ CACR_DEVICE void multiply_add(float (&d)[4], const unsigned (&a)[4], const unsig
             : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
             : "r"(a[2 * half]), "r"(a[2 * half + 1]), "r"(b[half]));
 #endif
+}
+
+// The same of bfloat16 (from sm_80).
+CACR_DEVICE void multiply_add_bfloat16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+}
+
+// Four 8 x 8 matrices of 16-bit elements in shared memory, a warp together (from sm_75): lanes 8 i + 0..7 give the addresses
+// of the rows of matrix i, 16 bytes each. With g = lane / 4 and p = lane % 4, word i holds columns 2p, 2p + 1 of row g of
+// matrix i; transposed, rows 2p, 2p + 1 of its column g.
+CACR_DEVICE void load_matrices(unsigned (&words)[4], const void* row) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 750
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "r"((unsigned)__cvta_generic_to_shared(row))
+                 : "memory");
+#endif
+}
+CACR_DEVICE void load_transposed(unsigned (&words)[4], const void* row) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 750
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "r"((unsigned)__cvta_generic_to_shared(row))
+                 : "memory");
+#endif
+}
+
+// Begins to copy `bytes` bytes to shared memory, and zeros after them up to `width`: 4, 8 or 16, to which both addresses are
+// aligned (from sm_80). The copies of a thread are there after finish_copies.
+template <int width>
+CACR_DEVICE void begin_copy(void* to, const void* from, int bytes) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"((unsigned)__cvta_generic_to_shared(to)),
+                 "l"(__cvta_generic_to_global(from)), "n"(width), "r"(bytes)
+                 : "memory");
+#endif
+}
+CACR_DEVICE void finish_copies() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
+// Two floats, rounded to nearest even, in a word: the first in its lower half (from sm_80).
+CACR_DEVICE unsigned bfloat16_pair(float first, float second) {
+    unsigned word = 0;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+#endif
+    return word;
+}
+CACR_DEVICE unsigned half_pair(float first, float second) {
+    unsigned word = 0;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+#endif
+    return word;
+}
+
+// 2^value, to two units in the last place.
+CACR_DEVICE float exp2_of(float value) {
+    float power;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(value));
+    return power;
 }
 
 }  // namespace cacr

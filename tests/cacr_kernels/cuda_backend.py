@@ -86,9 +86,21 @@ class Emulation:
     def tensor_cores(self, on):
         self.controls.cacr_emulation_tensor_cores(int(on))
 
+    def fused(self, on):
+        """Whether short spans of 16-bit scores have a kernel of their own: no card has 0 bytes of shared memory."""
+        self.controls.cacr_emulation_shared_limit(227 << 10 if on else 0)
+
     def multiply_add(self, a, b, d):
-        """One instruction of a warp: a [32, 4, 2] and b [32, 2, 2] float16, d [32, 4] float32 in place."""
-        assert self.controls.cacr_emulation_multiply_add(*(ctypes.c_void_p(x.data_ptr()) for x in (a, b, d))) == 0
+        """One instruction of a warp: a [32, 4, 2] and b [32, 2, 2] of 16 bits, d [32, 4] float32 in place."""
+        pointers = [ctypes.c_void_p(x.data_ptr()) for x in (a, b, d)]
+        assert self.controls.cacr_emulation_multiply_add(*pointers, int(a.dtype == torch.bfloat16)) == 0
+
+    def load_matrices(self, rows, transposed):
+        """One instruction of a warp: rows [32, 8] of 16 bits, one of each lane, to [32, 4, 2]."""
+        words = torch.empty(32, 4, 2, dtype=rows.dtype)
+        pointers = [ctypes.c_void_p(x.data_ptr()) for x in (rows, words)]
+        assert self.controls.cacr_emulation_load_matrices(*pointers, int(transposed)) == 0
+        return words
 
     def launches(self):
         return self.controls.cacr_emulation_launches()
@@ -129,6 +141,7 @@ def emulated(emulation, monkeypatch):
     monkeypatch.setattr(sys.modules[backends.__module__], "_why_not", lambda *_: "")
     emulation.configure(0)
     emulation.tensor_cores(True)
+    emulation.fused(True)
     return emulation
 
 
@@ -143,11 +156,20 @@ def device(request, monkeypatch):
     return "cpu" if request.param == "emulated" else "cuda"
 
 
-@pytest.fixture(params=["tensor cores", "multiply-adds"])
+@pytest.fixture(params=["fused", "tensor cores", "multiply-adds"])
 def products(request, device):
-    """How the kernels multiply float16: emulated, as from sm_75 and as before; a card has its own way."""
+    """How the kernels multiply 16-bit scores: emulated, short spans as from sm_80, all as from sm_75, all as before.
+
+    A card has its own way.
+    """
     if device == "cpu":
-        request.getfixturevalue("emulation").tensor_cores(request.param == "tensor cores")
+        request.getfixturevalue("emulation").tensor_cores(request.param != "multiply-adds")
+        request.getfixturevalue("emulation").fused(request.param == "fused")
+    elif request.param == "fused":
+        if torch.cuda.get_device_capability() < (8, 0):
+            pytest.skip("cuda: the card has no fused kernels")
+    elif torch.cuda.get_device_capability() >= (8, 0):
+        pytest.skip("cuda: the card multiplies short spans in fused kernels")
     elif (torch.cuda.get_device_capability() >= (7, 5)) != (request.param == "tensor cores"):
         pytest.skip("cuda: the card multiplies float16 the other way")
     return request.param

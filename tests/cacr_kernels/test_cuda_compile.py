@@ -16,6 +16,9 @@ PLAIN = ("cacr_loss_kernel", "cacr_softmax_gradient_kernel", "cacr_fill_kernel")
 TYPES = {"float": "f", "Half": "NS_4HalfE", "Bfloat16": "NS_8Bfloat16E"}
 #: of cacr_row_softmax_kernel: used by the forward, by the backward
 PASSES = {"true": "Lb1E", "false": "Lb0E"}
+#: instances of the kernels of short spans: the longer side in units of 16 tokens, and the warps of a block
+FUSED = ("cacr_fused_forward_kernel", "cacr_fused_backward_kernel")
+FUSED_WARPS = {2: 4, 4: 8, 7: 12}
 #: static shared memory a block may have on every architecture
 SHARED_LIMIT = 48 << 10
 
@@ -26,8 +29,15 @@ def instances(types):
     return [*names, *(f"cacr_row_softmax_kernel<{p}>" for p in PASSES)]
 
 
+def fused_instances():
+    return [f"{name}<{t}, {sides}>" for name in FUSED for t in ("Half", "Bfloat16") for sides in FUSED_WARPS]
+
+
 def readable(mangled):
     name = re.search(r"cacr_\w+?_kernel", mangled)[0]
+    if name in FUSED:
+        kind, sides = re.search(r"INS_\d(Half|Bfloat16)ELi(\d+)E", mangled).groups()
+        return f"{name}<{kind}, {sides}>"
     for text, code in (TYPES | PASSES).items():
         if f"{name}I{code}" in mangled:
             return f"{name}<{text}>"
@@ -51,12 +61,17 @@ def resources(ptxas_log):
     return found
 
 
-def check(log, types, record_property):
+def check(log, types, record_property, fused=()):
     found = resources(log)
     record_property("resources", found)
-    assert found.keys() == {*PLAIN, *instances(types)}
-    spilling = {name: use for name, use in found.items() if use["stack"] or use["stores"] or use["loads"]}
+    assert found.keys() == {*PLAIN, *instances(types), *fused}
+    spilling = {name: use for name, use in found.items() if max(use["stack"], use["stores"], use["loads"]) > 0}
     assert not spilling
+    for name in fused:
+        # a scheduler has 512 registers for a lane of each of its warps, in units of 8
+        warps = FUSED_WARPS[int(name[-2])]
+        assert found[name]["registers"] <= 512 // -(-warps // 4) // 8 * 8
+        assert found[name]["shared"] == 0
     assert max(use["shared"] for use in found.values()) <= SHARED_LIMIT
 
 
@@ -104,7 +119,7 @@ def test_nvcc(architecture, tmp_path, record_property):
         )
         assert done.returncode == 0, done.stderr
         log += done.stdout + done.stderr
-    check(log, TYPES, record_property)
+    check(log, TYPES, record_property, fused_instances())
 
 
 class Nvrtc:

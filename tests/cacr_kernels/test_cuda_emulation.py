@@ -12,7 +12,7 @@ emulation, emulated, device, products, emulated_order = FIXTURES
 
 def fragments(matrix, rows, words):
     """[32, words, 2] as the lanes of a warp hold a matrix [rows, 16] (PTX ISA, mma.m16n8k16; b by columns)."""
-    held = torch.empty(32, words, 2, dtype=torch.float16)
+    held = torch.empty(32, words, 2, dtype=matrix.dtype)
     for lane in range(32):
         for i in range(2 * words):
             upper = rows == 16 and not (0 <= i < 2 or 4 <= i < 6)
@@ -24,7 +24,7 @@ def fragments(matrix, rows, words):
 
 
 def multiply_add(emulation, a, b, c):
-    """c + a b^T of a [16, 16], b [8, 16] in float16 by one emulated instruction."""
+    """c + a b^T of a [16, 16], b [8, 16] in 16 bits by one emulated instruction."""
     held = torch.empty(32, 4)
     places = [[(lane // 4 + i // 2 * 8, lane % 4 * 2 + (i & 1)) for i in range(4)] for lane in range(32)]
     for lane, i in ((lane, i) for lane in range(32) for i in range(4)):
@@ -36,11 +36,27 @@ def multiply_add(emulation, a, b, c):
     return result
 
 
-def test_emulated_tensor_core_multiplies_the_fragments_of_the_ptx_isa(emulation):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_emulated_tensor_core_multiplies_the_fragments_of_the_ptx_isa(emulation, dtype):
     generator = torch.Generator().manual_seed(0)
     a, b, c = (torch.randint(-99, 100, s, generator=generator) for s in ((16, 16), (8, 16), (16, 8)))
-    result = multiply_add(emulation, a.half(), b.half(), c.float())
+    result = multiply_add(emulation, a.to(dtype), b.to(dtype), c.float())
     assert torch.equal(result.long(), c + a @ b.T)
+
+
+def test_emulated_ldmatrix_loads_the_fragments_of_the_ptx_isa(emulation):
+    """Matrix i comes from the rows of lanes 8 i + 0..7; the four of a left operand in their order are its fragment."""
+    rows = torch.arange(256, dtype=torch.int16).view(32, 8)
+    matrices = rows.view(4, 8, 8)
+    for transposed in (False, True):
+        words = emulation.load_matrices(rows, transposed)
+        for lane in range(32):
+            for i in range(4):
+                matrix = matrices[i].T if transposed else matrices[i]
+                assert torch.equal(words[lane, i], matrix[lane // 4, lane % 4 * 2 : lane % 4 * 2 + 2])
+    operand = torch.arange(256).view(16, 16).half()
+    corners = [operand[:8, :8], operand[8:, :8], operand[:8, 8:], operand[8:, 8:]]
+    assert torch.equal(emulation.load_matrices(torch.cat(corners), False), fragments(operand, 16, 4))
 
 
 def test_emulated_tensor_core_truncates(emulation):
@@ -54,8 +70,11 @@ def test_emulated_tensor_core_truncates(emulation):
     assert (result[1] == 2**-13).all()
 
 
-@pytest.mark.parametrize(("kind", "dtype"), [("softmax", torch.float32), ("scores", torch.float16)])
-def test_no_order_of_threads_and_blocks_changes_a_bit(device, emulated_order, kind, dtype):
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("softmax", torch.float32), ("scores", torch.float16), ("scores", torch.bfloat16), ("probs", torch.bfloat16)],
+)
+def test_no_order_of_threads_and_blocks_changes_a_bit(device, products, emulated_order, kind, dtype):
     attn = make_input(kind, 35, 66, batch=2, std=0.5, dtype=dtype, device=device)
     results = []
     for seed in range(3):
@@ -65,9 +84,13 @@ def test_no_order_of_threads_and_blocks_changes_a_bit(device, emulated_order, ki
     assert all(torch.equal(loss, results[0][0]) and torch.equal(g, results[0][1]) for loss, g in results[1:])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_every_barrier_is_needed(emulated, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "fused", "count"),
+    [(torch.float32, False, 8), (torch.float16, False, 8), (torch.float16, True, 4), (torch.bfloat16, True, 4)],
+)
+def test_every_barrier_is_needed(emulated, dtype, fused, count):
     """With any one of the barriers taken out, results differ or the emulation refuses: a missing one is found."""
+    emulated.fused(fused)
 
     def results():
         """Loss and gradient for several and for one tile a row; NaN where the emulation refuses."""
@@ -85,7 +108,7 @@ def test_every_barrier_is_needed(emulated, dtype):
     expected = results()
     barriers = emulated.barriers()
     assert not expected.isnan().any()
-    assert len(barriers) >= 8
+    assert len(barriers) >= count
     for barrier in barriers:
         for seed in range(1, 17):  # not every order of the threads meets a race
             emulated.configure(seed, barrier)

@@ -22,12 +22,15 @@ constexpr size_t kStackBytes = 64 << 10;
 
 enum class State { ready, at_barrier, at_shuffle, finished };
 
+enum class Meeting { shuffle, product, matrices };
+
 // What a lane gives its warp.
 struct Message {
-    bool fragments;  // of a product, or the value of a shuffle
-    float value;
-    unsigned a[4];
-    unsigned b[2];
+    Meeting meeting;
+    float value;            // shuffle
+    unsigned a[4];          // product
+    unsigned b[2];          // product
+    unsigned short row[8];  // matrices
 };
 
 struct Fiber {
@@ -44,6 +47,7 @@ struct Settings {
     std::set<std::string> sites;
     std::string error;
     bool tensor_cores = true;
+    int shared_limit = 227 << 10;
     int launches = 0;
     int largest_y = 0;  // of the grids launched
 } settings;
@@ -141,9 +145,9 @@ int exchange(const Message& message) {
     return slot;
 }
 
-const Message& received(int thread, int slot, bool fragments) {
+const Message& received(int thread, int slot, Meeting meeting) {
     const Message& message = block.fibers[(size_t)thread].sent[slot];
-    if (message.fragments != fragments) fail("lanes of a warp meet at different instructions");
+    if (message.meeting != meeting) fail("lanes of a warp meet at different instructions");
     return message;
 }
 
@@ -152,6 +156,11 @@ const std::vector<double>& half_values() {
     if (values.empty())
         for (int bits = 0; bits < 1 << 16; ++bits) values.push_back(float_of_half((unsigned short)bits));
     return values;
+}
+
+double value_of(unsigned word, int half, bool bfloat16) {
+    const unsigned bits = half ? word >> 16 : word & 0xffffu;
+    return bfloat16 ? (double)float_of(bits << 16) : half_values()[bits];
 }
 
 constexpr int kSummands = 4;  // products that a tensor core adds at a time
@@ -178,6 +187,8 @@ float tensor_core_sum(float accumulator, const double (&products)[kSummands]) {
 
 int thread_index() { return block.current; }
 
+int thread_count() { return block.threads; }
+
 i64 block_index(int axis) { return block.index[axis]; }
 
 void barrier(const char* file, int line) {
@@ -192,14 +203,14 @@ void barrier(const char* file, int line) {
 
 float shuffle_xor(float value, int mask) {
     const int thread = block.current;
-    const int slot = exchange({false, value, {}, {}});
-    return received(thread ^ mask, slot, false).value;
+    const int slot = exchange({Meeting::shuffle, value, {}, {}, {}});
+    return received(thread ^ mask, slot, Meeting::shuffle).value;
 }
 
 // The fragments as the PTX ISA lays them out over the lanes (mma.m16n8k16; the halves of it are mma.m16n8k8).
-void multiply_add(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+void multiply_add(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], bool bfloat16) {
     const int thread = block.current;
-    const int slot = exchange({true, 0, {a[0], a[1], a[2], a[3]}, {b[0], b[1]}});
+    const int slot = exchange({Meeting::product, 0, {a[0], a[1], a[2], a[3]}, {b[0], b[1]}, {}});
     const int first = thread / kLanes * kLanes;
     for (int i = 0; i < 4; ++i) {
         const int row = thread % kLanes / 4 + i / 2 * 8;
@@ -208,27 +219,59 @@ void multiply_add(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2])
             double products[kSummands];
             for (int s = 0; s < kSummands; ++s) {
                 const int lane = (k + s) % 8 / 2;
-                const unsigned word_a = received(first + row % 8 * 4 + lane, slot, true).a[row / 8 + (k + s) / 8 * 2];
-                const unsigned word_b = received(first + col * 4 + lane, slot, true).b[(k + s) / 8];
-                const int shift = (k + s) % 2 * 16;
-                products[s] = half_values()[word_a >> shift & 0xffff] * half_values()[word_b >> shift & 0xffff];
+                const unsigned word_a = received(first + row % 8 * 4 + lane, slot, Meeting::product).a[row / 8 + (k + s) / 8 * 2];
+                const unsigned word_b = received(first + col * 4 + lane, slot, Meeting::product).b[(k + s) / 8];
+                products[s] = value_of(word_a, (k + s) % 2, bfloat16) * value_of(word_b, (k + s) % 2, bfloat16);
             }
             d[i] = tensor_core_sum(d[i], products);
         }
     }
 }
 
+// PTX ISA, ldmatrix .m8n8.x4: threads 8 i + 0..7 hold the addresses of the rows of matrix i, which goes to register i; thread t
+// gets of it row t / 4, elements 2 (t % 4) and the next one, of the matrix or with .trans of its transpose.
+void load_matrices(unsigned (&words)[4], const void* row, bool transposed) {
+    const int thread = block.current;
+    const int first = thread / kLanes * kLanes;
+    Message own = {Meeting::matrices, 0, {}, {}, {}};
+    const unsigned char* begin = block.shared.data();
+    const size_t offset = (size_t)((const unsigned char*)row - begin);
+    if (offset % 16 || offset + 16 > block.shared.size()) {
+        fail("a row of a matrix is not aligned or not in shared memory");
+    } else {
+        memcpy(own.row, row, sizeof(own.row));
+    }
+    const int slot = exchange(own);
+    for (int matrix = 0; matrix < 4; ++matrix) {
+        unsigned element[2];
+        for (int e = 0; e < 2; ++e) {
+            const int i = thread % kLanes / 4;
+            const int j = thread % 4 * 2 + e;
+            const int stored_row = transposed ? j : i;
+            const int stored_col = transposed ? i : j;
+            element[e] = received(first + 8 * matrix + stored_row, slot, Meeting::matrices).row[stored_col];
+        }
+        words[matrix] = element[0] | element[1] << 16;
+    }
+}
+
 bool tensor_cores() { return settings.tensor_cores; }
+
+int shared_limit() { return settings.shared_limit; }
 
 void* shared_memory(size_t bytes) {
     if (block.shared.size() < bytes) block.shared.resize(bytes, 0xff);
     return block.shared.data();
 }
 
-int run_grid(i64 x, int y, int z, int threads, const std::function<void()>& body) {
+void* dynamic_shared_memory() { return block.shared.data(); }
+
+int run_grid(i64 x, int y, int z, int threads, const std::function<void()>& body, size_t dynamic_bytes) {
     settings.error.clear();
+    block.shared.resize(dynamic_bytes);
     ++settings.launches;
     settings.largest_y = std::max(settings.largest_y, y);
+    if (threads < 1 || threads > 1024 || (i64)dynamic_bytes > (227 << 10)) fail("invalid launch");
     if (x < 1 || y < 1 || z < 1 || x > 0x7fffffff || y > 65535 || z > 65535 || threads % kLanes) fail("invalid launch");
     std::vector<i64> order((size_t)(settings.error.empty() ? x * y * z : 0));
     for (size_t i = 0; i < order.size(); ++i) order[i] = (i64)i;
@@ -270,8 +313,27 @@ extern "C" __attribute__((visibility("default"))) void cacr_emulation_tensor_cor
     cacr::emulation::settings.tensor_cores = on != 0;
 }
 
+// Dynamic shared memory that a block may have: the fused kernels run where theirs fits.
+extern "C" __attribute__((visibility("default"))) void cacr_emulation_shared_limit(int bytes) {
+    cacr::emulation::settings.shared_limit = bytes;
+}
+
+// One instruction of a warp: rows [32, 8] of 16-bit elements in shared memory, one a lane, to words [32, 4].
+extern "C" __attribute__((visibility("default"))) int cacr_emulation_load_matrices(const unsigned short* rows, unsigned* words,
+                                                                                   int transposed) {
+    return cacr::emulation::run_grid(1, 1, 1, cacr::emulation::kLanes, [&] {
+        const int lane = cacr::thread_index();
+        unsigned own[4];
+        unsigned short* shared = (unsigned short*)cacr::emulation::dynamic_shared_memory() + 8 * lane;
+        memcpy(shared, rows + 8 * lane, 16);
+        cacr::emulation::load_matrices(own, shared, transposed != 0);
+        memcpy(words + 4 * lane, own, sizeof(own));
+    }, 512);
+}
+
 // One instruction of a warp: the words of 32 lanes, a [32, 4] and b [32, 2], d [32, 4] in and out.
-extern "C" __attribute__((visibility("default"))) int cacr_emulation_multiply_add(const unsigned* a, const unsigned* b, float* d) {
+extern "C" __attribute__((visibility("default"))) int cacr_emulation_multiply_add(const unsigned* a, const unsigned* b, float* d,
+                                                                                  int bfloat16) {
     return cacr::emulation::run_grid(1, 1, 1, cacr::emulation::kLanes, [&] {
         const int lane = cacr::thread_index();
         unsigned own_a[4], own_b[2];
@@ -279,7 +341,7 @@ extern "C" __attribute__((visibility("default"))) int cacr_emulation_multiply_ad
         memcpy(own_a, a + 4 * lane, sizeof(own_a));
         memcpy(own_b, b + 2 * lane, sizeof(own_b));
         memcpy(own_d, d + 4 * lane, sizeof(own_d));
-        cacr::multiply_add(own_d, own_a, own_b);
+        cacr::emulation::multiply_add(own_d, own_a, own_b, bfloat16 != 0);
         memcpy(d + 4 * lane, own_d, sizeof(own_d));
     });
 }

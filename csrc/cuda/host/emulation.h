@@ -6,6 +6,7 @@
 #pragma once
 
 #include <math.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include <functional>
@@ -15,34 +16,55 @@
 #define CACR_DEVICE inline
 #define CACR_KERNEL(threads, blocks_per_sm) inline void
 #define CACR_SHARED(type, name) type& name = *static_cast<type*>(emulation::shared_memory(sizeof(type)))
+#define CACR_DYNAMIC_SHARED(name) unsigned char* name = static_cast<unsigned char*>(emulation::dynamic_shared_memory())
 #define CACR_BARRIER() emulation::barrier(__FILE__, __LINE__)
 #define CACR_UNROLL
 #define CACR_UNROLL_SOME
+#define CACR_UNROLL_BY(count)
 
 namespace cacr {
 namespace emulation {
 
 int thread_index();
+int thread_count();
 i64 block_index(int axis);
 void barrier(const char* file, int line);
 float shuffle_xor(float value, int mask);
-void multiply_add(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]);
+void multiply_add(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], bool bfloat16);
+void load_matrices(unsigned (&words)[4], const void* row, bool transposed);
 // Whether kernels that can use tensor cores do.
 bool tensor_cores();
+// Dynamic shared memory of a block.
+int shared_limit();
 void* shared_memory(size_t bytes);
+void* dynamic_shared_memory();
 // Runs body once for every thread of every block; 0, or 1 with the reason kept for cacr_error_cuda.
-int run_grid(i64 x, int y, int z, int threads, const std::function<void()>& body);
+int run_grid(i64 x, int y, int z, int threads, const std::function<void()>& body, size_t dynamic_bytes = 0);
 
 }  // namespace emulation
 
 inline int thread_index() { return emulation::thread_index(); }
+inline int thread_count() { return emulation::thread_count(); }
 inline i64 block_x() { return emulation::block_index(0); }
 inline int block_y() { return (int)emulation::block_index(1); }
 inline int block_z() { return (int)emulation::block_index(2); }
 inline float shuffle_xor(float value, int mask) { return emulation::shuffle_xor(value, mask); }
 inline void multiply_add(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
-    emulation::multiply_add(d, a, b);
+    emulation::multiply_add(d, a, b, false);
 }
+inline void multiply_add_bfloat16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+    emulation::multiply_add(d, a, b, true);
+}
+inline void load_matrices(unsigned (&words)[4], const void* row) { emulation::load_matrices(words, row, false); }
+inline void load_transposed(unsigned (&words)[4], const void* row) { emulation::load_matrices(words, row, true); }
+
+template <int width>
+void begin_copy(void* to, const void* from, int bytes) {
+    if (((size_t)to | (size_t)from) % width) abort();
+    memcpy(to, from, (size_t)bytes);
+    memset((char*)to + bytes, 0, (size_t)(width - bytes));
+}
+inline void finish_copies() {}
 
 inline unsigned bits_of(float value) {
     unsigned bits;
@@ -81,6 +103,18 @@ inline unsigned short half_of_float(float value) {
     return (unsigned short)(sign | (((unsigned)(exponent + 15) << 10) + fraction - 1024u));
 }
 
+inline unsigned half_pair(float first, float second) { return half_of_float(first) | (unsigned)half_of_float(second) << 16; }
+
+inline unsigned short bfloat16_bits(float value) {
+    const unsigned bits = bits_of(value);
+    return (unsigned short)(value != value ? 0x7fffu : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+inline unsigned bfloat16_pair(float first, float second) {
+    return bfloat16_bits(first) | (unsigned)bfloat16_bits(second) << 16;
+}
+
+inline float exp2_of(float value) { return exp2f(value); }
+
 constexpr int kInvalidValue = 1;
 
 class DeviceScope {
@@ -92,6 +126,16 @@ class DeviceScope {
 template <typename... Params, typename... Args>
 int launch(void (*kernel)(Params...), i64 x, int y, int z, int threads, void*, const Args&... args) {
     return emulation::run_grid(x, y, z, threads, [&] { kernel(args...); });
+}
+
+template <typename... Params, typename... Args>
+int launch_shared(void (*kernel)(Params...), i64 blocks, int threads, int bytes, void*, const Args&... args) {
+    return emulation::run_grid(blocks, 1, 1, threads, [&] { kernel(args...); }, (size_t)bytes);
+}
+
+template <typename... Params>
+int shared_limit(void (*)(Params...), int) {
+    return emulation::shared_limit();
 }
 
 }  // namespace cacr
