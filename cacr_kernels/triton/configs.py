@@ -109,9 +109,10 @@ def kernels(
 #: float32: multiply-adds where shared memory is scarce, three tf32 products elsewhere; 16-bit: bfloat16 products
 IEEE = Plan("ieee", kernels(16, 16, 64, 8))
 TF32X3 = Plan("tf32x3", kernels(16, 16, 64, 8))
-TF32X3_WHOLE = replace(TF32X3, whole="logits")
 SPLIT = Plan("split", kernels(32, 32, 64, 8))
-SPLIT_WHOLE = replace(SPLIT, whole="sides")
+#: Hopper: 64 rows of long spans take four warps too, see MEASURED
+TF32X3_WHOLE = Plan("tf32x3", kernels(16, 16, 64, 4), whole="logits")
+SPLIT_WHOLE = Plan("split", kernels(32, 32, 64, 4), whole="sides")
 #: Blackwell: dots of fewer than 64 rows, which stay out of tensor memory. Triton 3.6 to 3.8 compute wrong results
 #: where two dots of a loop add to one accumulator there (triton-lang/triton issue 10821), as parts of a factor do.
 TF32X3_REGISTERS = Plan("tf32x3", kernels(16, 16, 32, 4, rows=32, threads=(4, 4)))
@@ -135,17 +136,11 @@ MEASURED: dict[int, dict[Key, Launch]] = {
     # NVIDIA H100 80GB HBM3, 2026-11-27, torch 2.11.0, Triton 3.6.0.
     # A dot of a dot gets all of its warps along its rows, 16 rows a warp. On Hopper eight warps for 64 rows do the work
     # twice, and results were wrong. With four (B H = 1536, T, R = 60, 100): own bfloat16 133 us, 269 before; cross
-    # float32 796, 1885 before; own float32 298, 557 before.
+    # float32 796, 1885 before; own float32 298, 557 before. The forward and the rows form X alike and go with them.
     90: {
         Key("scores", f"{name}_128", dtype): launch(i=64, c=32, k=32)
         for dtype in DTYPES
         for name in ("forward", "rows", "cross", "own")
-    }
-    # the same of the tiles of long spans, not measured
-    | {
-        Key("scores", name, dtype): launch(i=64, c=64, k=16 if dtype == "float32" else 32)
-        for dtype in DTYPES
-        for name in ("project", "large_v")
     }
     | {
         # B H = 8, T = R = 2048: 207 and 263 us; 64 rows with four warps 231 and 285

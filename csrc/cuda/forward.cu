@@ -1,4 +1,5 @@
-// Launches of the forward. Short spans of 16 bits: one kernel. Otherwise at most three kernels a chunk: row softmax (kind softmax), projection and comparison, loss.
+// Launches of the forward. Short spans of 16 bits: one kernel. Otherwise at most three kernels a chunk: row softmax (kind
+// softmax), projection and comparison, loss.
 #include "forward.cuh"
 #include "fused_forward.cuh"
 

@@ -7,6 +7,15 @@
 
 namespace cacr {
 
+CACR_DEVICE void set_row_numbers(const RowStats& stats, int row, const RowNumbers<float>& numbers) {
+    stats.at(kMaxX, row) = numbers.max_x;
+    stats.at(kSumX, row) = numbers.sum_x;
+    stats.at(kMaxY, row) = numbers.max_y;
+    stats.at(kSumY, row) = numbers.sum_y;
+    stats.at(kMeanP, row) = numbers.mean_p;
+    stats.at(kMeanQ, row) = numbers.mean_q;
+}
+
 constexpr int kThreadsPerRow = kThreads / kTile;  // threads 2 i and 2 i + 1 follow row i
 constexpr int kColsPerThread = kChunk / kThreadsPerRow;
 
@@ -121,13 +130,7 @@ CACR_KERNEL(kThreads, 3) cacr_forward_kernel(Problem problem, i64 first) {
     merge_row_pair(state);
     const int row = row_start + thread_index() / kThreadsPerRow;
     if (thread_index() % kThreadsPerRow != 0 || row >= n) return;
-    const RowNumbers<float> numbers = row_finish(state);
-    stats.at(kMaxX, row) = numbers.max_x;
-    stats.at(kSumX, row) = numbers.sum_x;
-    stats.at(kMaxY, row) = numbers.max_y;
-    stats.at(kSumY, row) = numbers.sum_y;
-    stats.at(kMeanP, row) = numbers.mean_p;
-    stats.at(kMeanQ, row) = numbers.mean_q;
+    set_row_numbers(stats, row, row_finish(state));
     row_losses[row] = row_loss(state);
 }
 

@@ -1,6 +1,7 @@
 // Forward of short spans, one kernel: X of 16 rows stays in registers and is compared with Y there, rows as a whole.
 #pragma once
 
+#include "forward.cuh"
 #include "fused.cuh"
 
 namespace cacr {
@@ -104,15 +105,6 @@ CACR_DEVICE void compare_rows(const Matrix& target, int row, int length, float f
         numbers[r] = row_finish(state);
         losses[r] = row_loss(state);
     }
-}
-
-CACR_DEVICE void set_row_numbers(const RowStats& stats, int row, const RowNumbers<float>& numbers) {
-    stats.at(kMaxX, row) = numbers.max_x;
-    stats.at(kSumX, row) = numbers.sum_x;
-    stats.at(kMaxY, row) = numbers.max_y;
-    stats.at(kSumY, row) = numbers.sum_y;
-    stats.at(kMeanP, row) = numbers.mean_p;
-    stats.at(kMeanQ, row) = numbers.mean_q;
 }
 
 // Grid: problems; a warp for every 16 rows of the longest spans, text first. Writes the loss and the row numbers.

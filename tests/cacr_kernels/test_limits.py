@@ -47,6 +47,7 @@ def on_gpu(compiled, device):
 def check(backend: str, attn: Tensor, n_text: int, **options) -> None:
     loss, (gradient,) = loss_and_gradients(lambda x: fused_cacr(x, n_text, backend=backend, **options), attn)
     expected, (want,) = loss_and_gradients(lambda x: cacr_closed_form(x, n_text, **options), attn.double())
+    # 16 bits: X sums thousands of products in one accumulator of the tensor cores, which truncate
     assert relative_error(loss, expected) <= (2e-6 if attn.dtype == torch.float32 else 1e-4)
     assert relative_error(gradient, want) <= (1e-4 if attn.dtype == torch.float32 else 4e-3)
 
