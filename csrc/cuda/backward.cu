@@ -63,13 +63,9 @@ int cacr_backward_cuda(const Problem& problem) {
     const int error = spans_cover(problem) ? 0 : fill(problem);
     if (error || problem.spans.n_text == 0 || problem.spans.n_vision == 0) return error;
     if (fused_takes(problem, shared_limit(cacr_fused_backward_kernel<Half, 2>, kFusedArchitecture)))
-        return problem.dtype == DType::f16 ? backward_fused<Half>(problem) : backward_fused<Bfloat16>(problem);
+        return CACR_FOR_DTYPE(backward_fused, problem.dtype, problem);
     return for_chunks(problem, cacr_backward_workspace_cuda(problem), [&](i64 first, i64 count) {
-        switch (problem.options.kind == Kind::softmax ? DType::f32 : problem.dtype) {
-            case DType::f16: return backward<Half>(problem, first, count);
-            case DType::bf16: return backward<Bfloat16>(problem, first, count);
-            default: return backward<float>(problem, first, count);
-        }
+        return CACR_FOR_DTYPE(backward, problem.options.kind == Kind::softmax ? DType::f32 : problem.dtype, problem, first, count);
     });
 }
 

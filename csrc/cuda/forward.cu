@@ -40,13 +40,9 @@ int cacr_forward_cuda(const Problem& problem) {
     if (scope.error()) return scope.error();
     if (problem.batch * problem.heads == 0) return 0;
     if (fused_takes(problem, shared_limit(cacr_fused_forward_kernel<Half, 2>, kFusedArchitecture)))
-        return problem.dtype == DType::f16 ? forward_fused<Half>(problem) : forward_fused<Bfloat16>(problem);
+        return CACR_FOR_DTYPE(forward_fused, problem.dtype, problem);
     return for_chunks(problem, cacr_forward_workspace_cuda(problem), [&](i64 first, i64 count) {
-        switch (problem.options.kind == Kind::softmax ? DType::f32 : problem.dtype) {
-            case DType::f16: return forward<Half>(problem, first, count);
-            case DType::bf16: return forward<Bfloat16>(problem, first, count);
-            default: return forward<float>(problem, first, count);
-        }
+        return CACR_FOR_DTYPE(forward, problem.options.kind == Kind::softmax ? DType::f32 : problem.dtype, problem, first, count);
     });
 }
 

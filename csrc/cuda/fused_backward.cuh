@@ -33,9 +33,10 @@ struct FusedRow {
 };
 
 // What all rows of a side share.
+template <typename F>
 struct FusedSide {
     RowStats stats;
-    Matrix target;
+    Matrix<F> target;
     float factor;
     float weight;
     bool probs;
@@ -44,7 +45,7 @@ struct FusedSide {
 
 // Calls take(x, dL/dy) for the lane's elements inside the span, and take(row, col, G) for each pair of them.
 template <typename F, int kSides, typename Take>
-CACR_DEVICE void for_gradients(const FusedSide& side, int first_row, Accumulator (&x)[kSides], Take& take) {
+CACR_DEVICE void for_gradients(const FusedSide<F>& side, int first_row, Accumulator (&x)[kSides], Take& take) {
     CACR_UNROLL
     for (int r = 0; r < 2; ++r) {
         const int row = first_row + lane_row() + 8 * r;
@@ -56,8 +57,8 @@ CACR_DEVICE void for_gradients(const FusedSide& side, int first_row, Accumulator
             CACR_UNROLL
             for (int half = 0; half < 2; ++half) {
                 const int col = t * kSide + half * 8 + lane_col();
-                const unsigned word = *(const unsigned*)side.target.at(row, col);
-                const float s[2] = {Words16<F>::first(word), Words16<F>::second(word)};
+                const Pair pair = pair_at(side.target, row, col);
+                const float s[2] = {pair.first, pair.second};
                 float g[2];
                 CACR_UNROLL
                 for (int e = 0; e < 2; ++e) {
@@ -69,7 +70,7 @@ CACR_DEVICE void for_gradients(const FusedSide& side, int first_row, Accumulator
                     g[e] = inside ? side.weight * side.factor * grad.dx : 0.0f;
                     take(own, inside ? chain * grad.dy : 0.0f);
                 }
-                take(row, col, g);
+                take(row, col, {g[0], g[1]});
             }
         }
     }
@@ -79,39 +80,33 @@ CACR_DEVICE void for_gradients(const FusedSide& side, int first_row, Accumulator
 struct FindLargest {
     float largest = 0.0f;
     CACR_DEVICE void operator()(float&, float) {}
-    CACR_DEVICE void operator()(int, int, const float (&g)[2]) {
-        largest = fmaxf(largest, fmaxf(fabsf(g[0]), fabsf(g[1])));
-    }
+    CACR_DEVICE void operator()(int, int, Pair g) { largest = fmaxf(largest, fmaxf(fabsf(g.first), fabsf(g.second))); }
 };
 
 template <typename F>
 struct PutGradients {
-    Matrix high;
-    Matrix low;
+    WideMatrix<F> to;
     float scale;
     CACR_DEVICE void operator()(float& x, float dy) const { x = dy; }
-    CACR_DEVICE void operator()(int row, int col, const float (&g)[2]) const {
-        unsigned words[2];
-        split_pair<F>(scale * g[0], scale * g[1], words[0], words[1]);
-        *(unsigned*)high.at(row, col) = words[0];
-        *(unsigned*)low.at(row, col) = words[1];
+    CACR_DEVICE void operator()(int row, int col, Pair g) const {
+        set_pair_at(to, row, col, {scale * g.first, scale * g.second});
     }
 };
 
 // G of 16 rows to shared memory, with what undoes its scale to the notes, and dL/dS_aa through Y to x.
 template <typename F, int kSides>
-CACR_DEVICE void differentiate(const Problem& problem, const FusedProblem& fused, const Strip& strip,
+CACR_DEVICE void differentiate(const Problem& problem, const FusedProblem<F>& fused, const Strip& strip,
                                Accumulator (&x)[kSides]) {
     const int side = strip.side;
     project<F>(fused.scores(side, 1 - side), fused.scores(1 - side, 1 - side), strip.row, fused.sides(1 - side),
                fused.sides(side), x);
-    const FusedSide rows = {RowStats(problem, fused.place, side),
+    const FusedSide<F> rows = {RowStats(problem, fused.place, side),
                             fused.scores(side, side),
                             (float)projection_factor(problem.options, fused.length(1 - side)),
                             row_weight(problem, fused.place, fused.length(side)),
                             problem.options.kind == Kind::probs,
                             fused.length(side)};
-    PutGradients<F> put = {fused.g(side, 0), fused.g(side, 1), 1.0f};
+    PutGradients<F> put = {fused.g(side), 1.0f};
     if (Words16<F>::scaled) {
         FindLargest find;
         for_gradients<F>(rows, strip.row, x, find);
@@ -121,44 +116,35 @@ CACR_DEVICE void differentiate(const Problem& problem, const FusedProblem& fused
     for_gradients<F>(rows, strip.row, x, put);
 }
 
-// acc += undo (sum of this strip's 16 inner indices): sums over rows of G, each 16 of which have a scale.
-template <typename F>
-CACR_DEVICE void add_scaled(Accumulator& acc, const Fragment& a_low, const Fragment& a_high, const Fragment& b_low,
-                            const Fragment& b_high, float undo) {
-    CACR_UNROLL
-    for (int half = 0; half < 2; ++half) {
-        if (!Words16<F>::scaled) {
-            multiply<F>(acc.v[half], a_low, b_low, half);
-            multiply<F>(acc.v[half], a_high, b_high, half);
-            continue;
-        }
-        float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-        multiply<F>(sum, a_low, b_low, half);
-        multiply<F>(sum, a_high, b_high, half);
-        CACR_UNROLL
-        for (int r = 0; r < 4; ++r) acc.v[half][r] = cacr::fused(undo, sum[r], acc.v[half][r]);
-    }
-}
-
 // Two neighbouring elements of a row to the gradient.
 template <typename F>
-CACR_DEVICE void set_pair(const ScoresGrad& grad, bool aligned, int row, int col, int cols, float first, float second) {
+CACR_DEVICE void set_pair(const ScoresGrad& grad, bool aligned, int row, int col, int cols, Pair values) {
     F* to = grad.pointer<F>(row, col);
-    const unsigned word = Words16<F>::pair(first, second);
-    if (aligned && col + 1 < cols) {
-        *(unsigned*)to = word;
-        return;
+    if constexpr (sizeof(F) == sizeof(float)) {
+        if (aligned && col + 1 < cols) {
+            *(Pair*)to = values;
+            return;
+        }
+        if (col < cols) to[0] = values.first;
+        if (col + 1 < cols) to[1] = values.second;
+    } else {
+        const unsigned word = Words16<F>::word(values);
+        if (aligned && col + 1 < cols) {
+            *(unsigned*)to = word;
+            return;
+        }
+        if (col < cols) to[0].bits = (unsigned short)(word & 0xffffu);
+        if (col + 1 < cols) to[1].bits = (unsigned short)(word >> 16);
     }
-    if (col < cols) to[0].bits = (unsigned short)(word & 0xffffu);
-    if (col + 1 < cols) to[1].bits = (unsigned short)(word >> 16);
 }
 
 template <typename F, int kSides>
-CACR_DEVICE void set_rows(const Problem& problem, const FusedProblem& fused, int side, int col_side, int first_row,
+CACR_DEVICE void set_rows(const Problem& problem, const FusedProblem<F>& fused, int side, int col_side, int first_row,
                           const Accumulator (&acc)[kSides]) {
     const ScoresGrad grad(problem, fused.place, side, col_side);
     const int cols = fused.length(col_side);
-    const bool aligned = ((size_t)grad.pointer<F>(0, 0) | (size_t)(2 * grad.where.row_stride)) % 4 == 0;
+    const size_t row_bytes = (size_t)grad.where.row_stride * sizeof(F);
+    const bool aligned = ((size_t)grad.pointer<F>(0, 0) | row_bytes) % (2 * sizeof(F)) == 0;
     CACR_UNROLL
     for (int t = 0; t < kSides; ++t) {
         if (t * kSide >= cols) break;
@@ -168,67 +154,63 @@ CACR_DEVICE void set_rows(const Problem& problem, const FusedProblem& fused, int
             CACR_UNROLL
             for (int half = 0; half < 2; ++half)
                 if (row < fused.length(side))
-                    set_pair<F>(grad, aligned, row, t * kSide + half * 8 + lane_col(), cols, acc[t].v[half][2 * r],
-                                acc[t].v[half][2 * r + 1]);
+                    set_pair<F>(grad, aligned, row, t * kSide + half * 8 + lane_col(), cols,
+                                {acc[t].v[half][2 * r], acc[t].v[half][2 * r + 1]});
         }
     }
 }
 
 // 16 rows of dS_aa: acc, which holds dL/dS_aa through Y_a, plus (F^T G) F of the other side b, F = S_ba.
 template <typename F, int kSides>
-CACR_DEVICE void add_inner(const FusedProblem& fused, const Strip& strip, Accumulator (&acc)[kSides]) {
+CACR_DEVICE void add_inner(const FusedProblem<F>& fused, const Strip& strip, Accumulator (&acc)[kSides]) {
     const int other = 1 - strip.side;
     const int m = fused.sides(other);
-    const Matrix f = fused.scores(other, strip.side);
-    const Matrix high = fused.g(other, 0);
-    const Matrix low = fused.g(other, 1);
+    const Matrix<F> f = fused.scores(other, strip.side);
+    const WideMatrix<F> g = fused.g(other);
     const float* undo = fused.notes + (other == kText ? 0 : fused.sides(kText));
     for (int j = 0; j < m; ++j) {
         Accumulator z;
         clear(z);
-        CACR_UNROLL_BY((kSides < 8 ? 2 : 1))
-        for (int i = 0; i < m; ++i) {
-            const Fragment a = left_transposed(f, i * kSide, strip.row);
-            add_scaled<F>(z, a, a, right(low, i * kSide, j * kSide), right(high, i * kSide, j * kSide), undo[i]);
-        }
-        const SplitFragment parts = split<F>(z);
+        CACR_UNROLL_BY((sizeof(F) == 2 ? 2 : 1))
+        for (int i = 0; i < m; ++i)
+            add_wide(z, left_transposed(f, i * kSide, strip.row), right(g, i * kSide, j * kSide), undo[i]);
+        const SplitFragment<F> parts = split<F>(z);
         CACR_UNROLL
         for (int t = 0; t < kSides; ++t)
-            if (t < fused.sides(strip.side)) add_product<F, false>(acc[t], parts, right(f, j * kSide, t * kSide));
+            if (t < fused.sides(strip.side)) add_product<false>(acc[t], parts, right(f, j * kSide, t * kSide));
     }
 }
 
 // 16 rows of dS_ab = (G^T F) C + (G F) C^T.
 template <typename F, int kSides>
-CACR_DEVICE void add_outer(const FusedProblem& fused, const Strip& strip, Accumulator (&acc)[kSides]) {
+CACR_DEVICE void add_outer(const FusedProblem<F>& fused, const Strip& strip, Accumulator (&acc)[kSides]) {
     const int side = strip.side;
     const int n = fused.sides(side);
     const int m = fused.sides(1 - side);
-    const Matrix f = fused.scores(side, 1 - side);
-    const Matrix c = fused.scores(1 - side, 1 - side);
-    const Matrix high = fused.g(side, 0);
-    const Matrix low = fused.g(side, 1);
+    const Matrix<F> f = fused.scores(side, 1 - side);
+    const Matrix<F> c = fused.scores(1 - side, 1 - side);
+    const WideMatrix<F> g = fused.g(side);
     const float* undo = fused.notes + (side == kText ? 0 : fused.sides(kText));
     for (int j = 0; j < m; ++j) {
         Accumulator v;
         Accumulator w;
         clear(v);
         clear(w);
-        CACR_UNROLL_BY((kSides < 8 ? 2 : 1))
+        CACR_UNROLL_BY((sizeof(F) == 2 ? 2 : 1))
         for (int i = 0; i < n; ++i) {
-            const Fragment b = right(f, i * kSide, j * kSide);
-            add_scaled<F>(v, left(low, strip.row, i * kSide), left(high, strip.row, i * kSide), b, b,
-                          undo[strip.row / kSide]);
-            add_scaled<F>(w, left_transposed(low, i * kSide, strip.row), left_transposed(high, i * kSide, strip.row), b, b,
-                          undo[i]);
+            const Fragment<F> b = right(f, i * kSide, j * kSide);
+            add_wide(w, left_transposed(g, i * kSide, strip.row), b, undo[i]);
+            // float: read again, as its parts would be too many registers to hold
+            add_wide(v, left(g, strip.row, i * kSide), sizeof(F) == 2 ? b : right(f, i * kSide, j * kSide),
+                     undo[strip.row / kSide]);
         }
-        const SplitFragment parts_v = split<F>(v);
-        const SplitFragment parts_w = split<F>(w);
+        const SplitFragment<F> parts_v = split<F>(v);
+        const SplitFragment<F> parts_w = split<F>(w);
         CACR_UNROLL
         for (int t = 0; t < kSides; ++t) {
             if (t >= m) break;
-            add_product<F, false>(acc[t], parts_w, right(c, j * kSide, t * kSide));
-            add_product<F, false>(acc[t], parts_v, right_transposed(c, t * kSide, j * kSide));
+            add_product<false>(acc[t], parts_w, right(c, j * kSide, t * kSide));
+            add_product<false>(acc[t], parts_v, right_transposed(c, t * kSide, j * kSide));
         }
     }
 }
@@ -238,7 +220,7 @@ template <typename F, int kSides>
 CACR_KERNEL(fused_threads(kSides), fused_blocks(kSides)) cacr_fused_backward_kernel(Problem problem) {
 #if CACR_FUSED_DEVICE
     CACR_DYNAMIC_SHARED(shared);
-    const FusedProblem fused(problem, block_x(), shared);
+    const FusedProblem<F> fused(problem, block_x(), shared);
     if (!any_side_counts(problem, fused.place)) return;
     copy_problem(problem, fused);
     finish_copies();

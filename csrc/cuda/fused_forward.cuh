@@ -15,7 +15,7 @@ struct RowSums {
 // weights that are 1 at the largest x and 0 from 4 below it: rows whose E_p[d] and E_q[d] are nearly equal keep the digits of
 // the difference, and rows where p is q are 0 to the bit.
 template <typename F, int kSides>
-CACR_DEVICE void compare_rows(const Matrix& target, int row, int length, float factor, bool probs,
+CACR_DEVICE void compare_rows(const Matrix<F>& target, int row, int length, float factor, bool probs,
                               const Accumulator (&x)[kSides], RowNumbers<float> (&numbers)[2], float (&losses)[2]) {
     CACR_UNROLL
     for (int r = 0; r < 2; ++r) {
@@ -112,7 +112,7 @@ template <typename F, int kSides>
 CACR_KERNEL(fused_threads(kSides), fused_blocks(kSides)) cacr_fused_forward_kernel(Problem problem) {
 #if CACR_FUSED_DEVICE
     CACR_DYNAMIC_SHARED(shared);
-    const FusedProblem fused(problem, block_x(), shared);
+    const FusedProblem<F> fused(problem, block_x(), shared);
     if (!any_side_counts(problem, fused.place)) {
         if (thread_index() == 0)
             ((float*)problem.loss)[fused.place.index] = fused.place.extent.valid ? 0.0f : not_a_number();

@@ -70,6 +70,12 @@ int shared_limit(void (*kernel)(Params...), int architecture) {
 
 #endif
 
+// call<F>(...) for the type F of a dtype.
+#define CACR_FOR_DTYPE(call, dtype, ...) \
+    ((dtype) == DType::f16    ? call<Half>(__VA_ARGS__) \
+     : (dtype) == DType::bf16 ? call<Bfloat16>(__VA_ARGS__) \
+                              : call<float>(__VA_ARGS__))
+
 namespace cacr {
 
 inline int ceil_div(i64 a, i64 b) { return (int)((a + b - 1) / b); }

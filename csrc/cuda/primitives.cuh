@@ -75,6 +75,18 @@ CACR_DEVICE void multiply_add_bfloat16(float (&d)[4], const unsigned (&a)[4], co
 #endif
 }
 
+// The same with 8 inner indices of tf32, floats whose last 13 bits are not looked at (from sm_80):
+//     a: column p of row g and of row g + 8, then column p + 4 of both;   b: row p of column g, then row p + 4.
+CACR_DEVICE void multiply_add_tf32(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(bits_of(a[0])), "r"(bits_of(a[1])), "r"(bits_of(a[2])), "r"(bits_of(a[3])), "r"(bits_of(b[0])),
+          "r"(bits_of(b[1])));
+#endif
+}
+
 // Four 8 x 8 matrices of 16-bit elements in shared memory, a warp together (from sm_75): lanes 8 i + 0..7 give the addresses
 // of the rows of matrix i, 16 bytes each. With g = lane / 4 and p = lane % 4, word i holds columns 2p, 2p + 1 of row g of
 // matrix i; transposed, rows 2p, 2p + 1 of its column g.

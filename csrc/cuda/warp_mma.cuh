@@ -1,9 +1,10 @@
-// Matrix products of one warp on the tensor cores (from sm_80), 16 rows at a time: operands of 16 bits in shared memory as they
-// lie or transposed, or the accumulators of the product before, split into two numbers of 16 bits each.
+// Matrix products of one warp on the tensor cores (from sm_80), 16 rows at a time: operands in shared memory as they lie or
+// transposed, or the accumulators of the product before. F is the type of the scores: Half or Bfloat16; warp_mma_float.cuh has
+// the same of float.
 //
-// bfloat16 has float32's range; a float32 keeps 16 bits in two of them. float16 has not: every row of 16 numbers is scaled by
-// a power of two first, and 22 bits are kept. Tensor cores truncate their sums: products that ask to be exact begin every 16
-// inner indices anew and add them in float32, rounded to nearest.
+// An operand of float32 is split into two numbers of 16 bits. bfloat16 has float32's range, and two of them keep 16 bits;
+// float16 has not: every row of 16 numbers is scaled by a power of two first, and 22 bits are kept. Tensor cores truncate their
+// sums: products that ask to be exact begin every 16 inner indices anew and add them in float32, rounded to nearest.
 #pragma once
 
 #include "tile_mma.cuh"
@@ -31,56 +32,33 @@ CACR_DEVICE void clear(Accumulator& acc) {
     }
 }
 
-// A 16 x 16 operand as a lane holds it: the left one, or both halves (words 0, 1 and 2, 3) of the right one.
+// A 16 x 16 operand as a lane holds it: the left one, or both halves of its columns (words 0, 1 and 2, 3) of the right one.
+template <typename F>
 struct Fragment {
     unsigned v[4];
 };
 
-// A matrix of shared memory. An odd number of 16-byte units a row keeps ldmatrix free of bank conflicts.
+// A matrix of shared memory, without bank conflicts. 16 bits: ldmatrix reads rows of 16 bytes, of which an odd number are a row.
+template <typename F>
 struct Matrix {
-    unsigned short* data;
+    F* data;
     int pitch;
 
-    CACR_DEVICE unsigned short* at(int row, int col) const { return data + row * pitch + col; }
+    CACR_DEVICE F* at(int row, int col) const { return data + row * pitch + col; }
 };
 
-// Rows of the 8 x 8 matrices top left, bottom left, top right, bottom right of a 16 x 16 one.
-CACR_DEVICE const unsigned short* down_first(const Matrix& m, int row, int col) {
-    return m.at(row + lane_index() % 16, col + lane_index() / 16 * 8);
-}
-// Top left, top right, bottom left, bottom right.
-CACR_DEVICE const unsigned short* right_first(const Matrix& m, int row, int col) {
-    return m.at(row + lane_index() / 16 * 8 + lane_index() % 8, col + lane_index() / 8 % 2 * 8);
-}
+CACR_HD int pitch_of(int sides) { return sides * kSide + 8; }
 
-// Left operand A[i][k] = m(row + i, col + k).
-CACR_DEVICE Fragment left(const Matrix& m, int row, int col) {
-    Fragment f;
-    load_matrices(f.v, down_first(m, row, col));
-    return f;
-}
-// Left operand A[i][k] = m(row + k, col + i).
-CACR_DEVICE Fragment left_transposed(const Matrix& m, int row, int col) {
-    Fragment f;
-    load_transposed(f.v, right_first(m, row, col));
-    return f;
-}
-// Right operand B[k][j] = m(row + k, col + j).
-CACR_DEVICE Fragment right(const Matrix& m, int row, int col) {
-    Fragment f;
-    load_transposed(f.v, down_first(m, row, col));
-    return f;
-}
-// Right operand B[k][j] = m(row + j, col + k).
-CACR_DEVICE Fragment right_transposed(const Matrix& m, int row, int col) {
-    Fragment f;
-    load_matrices(f.v, right_first(m, row, col));
-    return f;
-}
-
+// Two neighbouring elements of a row; col is even.
+struct Pair {
+    float first;
+    float second;
+};
 // What differs between the two types of 16 bits: the instruction, pairs of them in a word, and whether rows need a scale.
 template <typename F>
-struct Words16;
+struct Words16 {
+    static constexpr bool scaled = false;
+};
 
 template <>
 struct Words16<Bfloat16> {
@@ -88,9 +66,8 @@ struct Words16<Bfloat16> {
     static CACR_DEVICE void multiply(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
         multiply_add_bfloat16(d, a, b);
     }
-    static CACR_DEVICE unsigned pair(float first, float second) { return bfloat16_pair(first, second); }
-    static CACR_DEVICE float first(unsigned word) { return float_of(word << 16); }
-    static CACR_DEVICE float second(unsigned word) { return float_of(word & 0xffff0000u); }
+    static CACR_DEVICE unsigned word(Pair pair) { return bfloat16_pair(pair.first, pair.second); }
+    static CACR_DEVICE Pair pair(unsigned word) { return {float_of(word << 16), float_of(word & 0xffff0000u)}; }
 };
 
 template <>
@@ -99,29 +76,77 @@ struct Words16<Half> {
     static CACR_DEVICE void multiply(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
         multiply_add(d, a, b);
     }
-    static CACR_DEVICE unsigned pair(float first, float second) { return half_pair(first, second); }
-    static CACR_DEVICE float first(unsigned word) { return float_of_half((unsigned short)(word & 0xffffu)); }
-    static CACR_DEVICE float second(unsigned word) { return float_of_half((unsigned short)(word >> 16)); }
+    static CACR_DEVICE unsigned word(Pair pair) { return half_pair(pair.first, pair.second); }
+    static CACR_DEVICE Pair pair(unsigned word) {
+        return {float_of_half((unsigned short)(word & 0xffffu)), float_of_half((unsigned short)(word >> 16))};
+    }
 };
+
+template <typename F>
+CACR_DEVICE Pair pair_at(const Matrix<F>& m, int row, int col) {
+    return Words16<F>::pair(*(const unsigned*)m.at(row, col));
+}
+
+// Rows of the 8 x 8 matrices top left, bottom left, top right, bottom right of a 16 x 16 one.
+template <typename F>
+CACR_DEVICE const F* down_first(const Matrix<F>& m, int row, int col) {
+    return m.at(row + lane_index() % 16, col + lane_index() / 16 * 8);
+}
+// Top left, top right, bottom left, bottom right.
+template <typename F>
+CACR_DEVICE const F* right_first(const Matrix<F>& m, int row, int col) {
+    return m.at(row + lane_index() / 16 * 8 + lane_index() % 8, col + lane_index() / 8 % 2 * 8);
+}
+
+// Left operand A[i][k] = m(row + i, col + k).
+template <typename F>
+CACR_DEVICE Fragment<F> left(const Matrix<F>& m, int row, int col) {
+    Fragment<F> f;
+    load_matrices(f.v, down_first(m, row, col));
+    return f;
+}
+// Left operand A[i][k] = m(row + k, col + i).
+template <typename F>
+CACR_DEVICE Fragment<F> left_transposed(const Matrix<F>& m, int row, int col) {
+    Fragment<F> f;
+    load_transposed(f.v, right_first(m, row, col));
+    return f;
+}
+// Right operand B[k][j] = m(row + k, col + j).
+template <typename F>
+CACR_DEVICE Fragment<F> right(const Matrix<F>& m, int row, int col) {
+    Fragment<F> f;
+    load_transposed(f.v, down_first(m, row, col));
+    return f;
+}
+// Right operand B[k][j] = m(row + j, col + k).
+template <typename F>
+CACR_DEVICE Fragment<F> right_transposed(const Matrix<F>& m, int row, int col) {
+    Fragment<F> f;
+    load_matrices(f.v, right_first(m, row, col));
+    return f;
+}
 
 // d += a b for one half of the columns of b.
 template <typename F>
-CACR_DEVICE void multiply(float (&d)[4], const Fragment& a, const Fragment& b, int half) {
+CACR_DEVICE void multiply(float (&d)[4], const Fragment<F>& a, const Fragment<F>& b, int half) {
     const unsigned columns[2] = {b.v[2 * half], b.v[2 * half + 1]};
     Words16<F>::multiply(d, a.v, columns);
 }
 
-// Two floats as the sum of two words' numbers.
+// A pair as the sum of two words' numbers.
 template <typename F>
-CACR_DEVICE void split_pair(float first, float second, unsigned& high, unsigned& low) {
-    high = Words16<F>::pair(first, second);
-    low = Words16<F>::pair(first - Words16<F>::first(high), second - Words16<F>::second(high));
+CACR_DEVICE void split_pair(Pair pair, unsigned& high, unsigned& low) {
+    high = Words16<F>::word(pair);
+    const Pair rounded = Words16<F>::pair(high);
+    low = Words16<F>::word({pair.first - rounded.first, pair.second - rounded.second});
 }
 
 // A left operand of float32: (high + low) times undo, which belongs to this lane's two rows.
+template <typename F>
 struct SplitFragment {
-    Fragment high;
-    Fragment low;
+    Fragment<F> high;
+    Fragment<F> low;
     float undo[2];
 };
 
@@ -137,8 +162,8 @@ CACR_DEVICE float row_sum(float value) {
 
 // The accumulators of a product as the left operand of the next one.
 template <typename F>
-CACR_DEVICE SplitFragment split(const Accumulator& acc) {
-    SplitFragment f;
+CACR_DEVICE SplitFragment<F> split(const Accumulator& acc) {
+    SplitFragment<F> f;
     CACR_UNROLL
     for (int r = 0; r < 2; ++r) {
         float scale = 1.0f;
@@ -151,44 +176,98 @@ CACR_DEVICE SplitFragment split(const Accumulator& acc) {
         }
         CACR_UNROLL
         for (int half = 0; half < 2; ++half)
-            split_pair<F>(scale * acc.v[half][2 * r], scale * acc.v[half][2 * r + 1], f.high.v[2 * half + r],
+            split_pair<F>({scale * acc.v[half][2 * r], scale * acc.v[half][2 * r + 1]}, f.high.v[2 * half + r],
                           f.low.v[2 * half + r]);
     }
     return f;
 }
 
 // acc += a b, 16 inner indices. exact: in a sum of their own.
-template <typename F, bool exact>
-CACR_DEVICE void add_product(Accumulator& acc, const Fragment& a, const Fragment& b) {
+template <bool exact, typename F>
+CACR_DEVICE void add_product(Accumulator& acc, const Fragment<F>& a, const Fragment<F>& b) {
     CACR_UNROLL
     for (int half = 0; half < 2; ++half) {
         if (!exact) {
-            multiply<F>(acc.v[half], a, b, half);
+            multiply(acc.v[half], a, b, half);
             continue;
         }
         float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-        multiply<F>(sum, a, b, half);
+        multiply(sum, a, b, half);
         CACR_UNROLL
         for (int r = 0; r < 4; ++r) acc.v[half][r] += sum[r];
     }
 }
 
-template <typename F, bool exact>
-CACR_DEVICE void add_product(Accumulator& acc, const SplitFragment& a, const Fragment& b) {
+template <bool exact, typename F>
+CACR_DEVICE void add_product(Accumulator& acc, const SplitFragment<F>& a, const Fragment<F>& b) {
     CACR_UNROLL
     for (int half = 0; half < 2; ++half) {
         if (!exact && !Words16<F>::scaled) {
-            multiply<F>(acc.v[half], a.low, b, half);
-            multiply<F>(acc.v[half], a.high, b, half);
+            multiply(acc.v[half], a.low, b, half);
+            multiply(acc.v[half], a.high, b, half);
             continue;
         }
         float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-        multiply<F>(sum, a.low, b, half);
-        multiply<F>(sum, a.high, b, half);
+        multiply(sum, a.low, b, half);
+        multiply(sum, a.high, b, half);
         CACR_UNROLL
         for (int r = 0; r < 4; ++r)
             acc.v[half][r] = Words16<F>::scaled ? fused(a.undo[r / 2], sum[r], acc.v[half][r]) : acc.v[half][r] + sum[r];
     }
 }
 
+// A matrix of float32 numbers in shared memory as operands of the products: of 16 bits in two parts, high + low.
+template <typename F>
+struct WideMatrix {
+    Matrix<F> high;
+    Matrix<F> low;
+};
+template <typename F>
+CACR_DEVICE void set_pair_at(const WideMatrix<F>& m, int row, int col, Pair values) {
+    split_pair<F>(values, *(unsigned*)m.high.at(row, col), *(unsigned*)m.low.at(row, col));
+}
+template <typename F>
+struct WideFragment {
+    Fragment<F> low;
+    Fragment<F> high;
+};
+
+template <typename F>
+CACR_DEVICE WideFragment<F> left(const WideMatrix<F>& m, int row, int col) {
+    return {left(m.low, row, col), left(m.high, row, col)};
+}
+template <typename F>
+CACR_DEVICE WideFragment<F> left_transposed(const WideMatrix<F>& m, int row, int col) {
+    return {left_transposed(m.low, row, col), left_transposed(m.high, row, col)};
+}
+template <typename F>
+CACR_DEVICE WideFragment<F> right(const WideMatrix<F>& m, int row, int col) {
+    return {right(m.low, row, col), right(m.high, row, col)};
+}
+// acc += undo a b, where one of the factors is wide.
+template <typename F>
+CACR_DEVICE void add_scaled(Accumulator& acc, const Fragment<F>& a_low, const Fragment<F>& a_high, const Fragment<F>& b_low,
+                            const Fragment<F>& b_high, float undo) {
+    CACR_UNROLL
+    for (int half = 0; half < 2; ++half) {
+        if (!Words16<F>::scaled) {
+            multiply(acc.v[half], a_low, b_low, half);
+            multiply(acc.v[half], a_high, b_high, half);
+            continue;
+        }
+        float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+        multiply(sum, a_low, b_low, half);
+        multiply(sum, a_high, b_high, half);
+        CACR_UNROLL
+        for (int r = 0; r < 4; ++r) acc.v[half][r] = fused(undo, sum[r], acc.v[half][r]);
+    }
+}
+template <typename F>
+CACR_DEVICE void add_wide(Accumulator& acc, const WideFragment<F>& a, const Fragment<F>& b, float undo) {
+    add_scaled(acc, a.low, a.high, b, b, undo);
+}
+template <typename F>
+CACR_DEVICE void add_wide(Accumulator& acc, const Fragment<F>& a, const WideFragment<F>& b, float undo) {
+    add_scaled(acc, a, a, b.low, b.high, undo);
+}
 }  // namespace cacr

@@ -87,13 +87,15 @@ class Emulation:
         self.controls.cacr_emulation_tensor_cores(int(on))
 
     def fused(self, on):
-        """Whether short spans of 16-bit scores have a kernel of their own: no card has 0 bytes of shared memory."""
+        """Whether short spans have kernels of their own, as from sm_80: no card has 0 bytes of shared memory."""
         self.controls.cacr_emulation_shared_limit(227 << 10 if on else 0)
 
     def multiply_add(self, a, b, d):
-        """One instruction of a warp: a [32, 4, 2] and b [32, 2, 2] of 16 bits, d [32, 4] float32 in place."""
+        """One instruction of a warp: a [32, 4, 2] and b [32, 2, 2] of 16 bits, or a [32, 4] and b [32, 2] of float32 as
+        tf32; d [32, 4] float32 in place."""
         pointers = [ctypes.c_void_p(x.data_ptr()) for x in (a, b, d)]
-        assert self.controls.cacr_emulation_multiply_add(*pointers, int(a.dtype == torch.bfloat16)) == 0
+        factors = (torch.float16, torch.bfloat16, torch.float32).index(a.dtype)
+        assert self.controls.cacr_emulation_multiply_add(*pointers, factors) == 0
 
     def load_matrices(self, rows, transposed):
         """One instruction of a warp: rows [32, 8] of 16 bits, one of each lane, to [32, 4, 2]."""
@@ -141,7 +143,7 @@ def emulated(emulation, monkeypatch):
     monkeypatch.setattr(sys.modules[backends.__module__], "_why_not", lambda *_: "")
     emulation.configure(0)
     emulation.tensor_cores(True)
-    emulation.fused(True)
+    emulation.fused(False)
     return emulation
 
 
@@ -156,6 +158,20 @@ def device(request, monkeypatch):
     return "cpu" if request.param == "emulated" else "cuda"
 
 
+def from_sm_80():
+    return torch.cuda.get_device_capability() >= (8, 0)
+
+
+@pytest.fixture(params=["fused", "tiled"])
+def short_spans(request, device):
+    """The kernels that short spans get: emulated, those from sm_80 and those before. A card has its own."""
+    if device == "cpu":
+        request.getfixturevalue("emulation").fused(request.param == "fused")
+    elif from_sm_80() != (request.param == "fused"):
+        pytest.skip("cuda: the card has other kernels for short spans")
+    return request.param
+
+
 @pytest.fixture(params=["fused", "tensor cores", "multiply-adds"])
 def products(request, device):
     """How the kernels multiply 16-bit scores: emulated, short spans as from sm_80, all as from sm_75, all as before.
@@ -166,9 +182,9 @@ def products(request, device):
         request.getfixturevalue("emulation").tensor_cores(request.param != "multiply-adds")
         request.getfixturevalue("emulation").fused(request.param == "fused")
     elif request.param == "fused":
-        if torch.cuda.get_device_capability() < (8, 0):
+        if not from_sm_80():
             pytest.skip("cuda: the card has no fused kernels")
-    elif torch.cuda.get_device_capability() >= (8, 0):
+    elif from_sm_80():
         pytest.skip("cuda: the card multiplies short spans in fused kernels")
     elif (torch.cuda.get_device_capability() >= (7, 5)) != (request.param == "tensor cores"):
         pytest.skip("cuda: the card multiplies float16 the other way")
@@ -182,7 +198,7 @@ def emulated_order(request, device):
 
 
 #: for the test files, under the names of the fixtures
-FIXTURES = (emulation, emulated, device, products, emulated_order)
+FIXTURES = (emulation, emulated, device, short_spans, products, emulated_order)
 
 
 def cuda(x, n_text, **options):

@@ -30,14 +30,14 @@ def instances(types):
 
 
 def fused_instances():
-    return [f"{name}<{t}, {sides}>" for name in FUSED for t in ("Half", "Bfloat16") for sides in FUSED_WARPS]
+    return [f"{name}<{t}, {sides}>" for name in FUSED for t in TYPES for sides in FUSED_WARPS]
 
 
 def readable(mangled):
     name = re.search(r"cacr_\w+?_kernel", mangled)[0]
     if name in FUSED:
-        kind, sides = re.search(r"INS_\d(Half|Bfloat16)ELi(\d+)E", mangled).groups()
-        return f"{name}<{kind}, {sides}>"
+        code, sides = re.search(r"I(f|NS_\d\w+?E)Li(\d+)E", mangled).groups()
+        return f"{name}<{next(t for t in TYPES if TYPES[t] == code)}, {sides}>"
     for text, code in (TYPES | PASSES).items():
         if f"{name}I{code}" in mangled:
             return f"{name}<{text}>"

@@ -7,7 +7,7 @@ from cacr_kernels.testing import loss_and_gradients, make_input, make_scores
 
 from .cuda_backend import FIXTURES, NAN, cuda
 
-emulation, emulated, device, products, emulated_order = FIXTURES
+emulation, emulated, device, short_spans, products, emulated_order = FIXTURES
 
 
 def fragments(matrix, rows, words):
@@ -23,25 +23,43 @@ def fragments(matrix, rows, words):
     return held
 
 
+def tf32_fragments(matrix, rows, words):
+    """[32, words] as the lanes of a warp hold a matrix [rows, 8] (PTX ISA, mma.m16n8k8 of .tf32; b by columns)."""
+    held = torch.empty(32, words)
+    for lane in range(32):
+        for i in range(words):
+            down, right = (i % 2, i // 2) if rows == 16 else (0, i)
+            held[lane, i] = matrix[lane // 4 + 8 * down, lane % 4 + 4 * right]
+    return held
+
+
 def multiply_add(emulation, a, b, c):
-    """c + a b^T of a [16, 16], b [8, 16] in 16 bits by one emulated instruction."""
+    """c + a b^T of a [16, 16], b [8, 16] in 16 bits, or [16, 8], [8, 8] in float32, by one emulated instruction."""
     held = torch.empty(32, 4)
     places = [[(lane // 4 + i // 2 * 8, lane % 4 * 2 + (i & 1)) for i in range(4)] for lane in range(32)]
     for lane, i in ((lane, i) for lane in range(32) for i in range(4)):
         held[lane, i] = c[places[lane][i]]
-    emulation.multiply_add(fragments(a, 16, 4), fragments(b, 8, 2), held)
+    fragments_of = tf32_fragments if a.dtype == torch.float32 else fragments
+    emulation.multiply_add(fragments_of(a, 16, 4), fragments_of(b, 8, 2), held)
     result = torch.empty(16, 8)
     for lane, i in ((lane, i) for lane in range(32) for i in range(4)):
         result[places[lane][i]] = held[lane, i]
     return result
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_emulated_tensor_core_multiplies_the_fragments_of_the_ptx_isa(emulation, dtype):
+@pytest.mark.parametrize(("dtype", "inner"), [(torch.float16, 16), (torch.bfloat16, 16), (torch.float32, 8)])
+def test_emulated_tensor_core_multiplies_the_fragments_of_the_ptx_isa(emulation, dtype, inner):
     generator = torch.Generator().manual_seed(0)
-    a, b, c = (torch.randint(-99, 100, s, generator=generator) for s in ((16, 16), (8, 16), (16, 8)))
+    a, b, c = (torch.randint(-99, 100, s, generator=generator) for s in ((16, inner), (8, inner), (16, 8)))
     result = multiply_add(emulation, a.to(dtype), b.to(dtype), c.float())
     assert torch.equal(result.long(), c + a @ b.T)
+
+
+def test_emulated_tensor_core_cuts_float32_off_to_tf32(emulation):
+    a, b, c = torch.zeros(16, 8), torch.zeros(8, 8), torch.zeros(16, 8)
+    a[:, 0] = 1 + 2.0**-10 + 2.0**-11  # ten bits of a fraction
+    b[:, 0] = -1 - 2.0**-11 - 2.0**-23
+    assert (multiply_add(emulation, a, b, c) == -1 - 2.0**-10).all()
 
 
 def test_emulated_ldmatrix_loads_the_fragments_of_the_ptx_isa(emulation):
@@ -72,7 +90,13 @@ def test_emulated_tensor_core_truncates(emulation):
 
 @pytest.mark.parametrize(
     ("kind", "dtype"),
-    [("softmax", torch.float32), ("scores", torch.float16), ("scores", torch.bfloat16), ("probs", torch.bfloat16)],
+    [
+        ("softmax", torch.float32),
+        ("scores", torch.float32),
+        ("scores", torch.float16),
+        ("scores", torch.bfloat16),
+        ("probs", torch.bfloat16),
+    ],
 )
 def test_no_order_of_threads_and_blocks_changes_a_bit(device, products, emulated_order, kind, dtype):
     attn = make_input(kind, 35, 66, batch=2, std=0.5, dtype=dtype, device=device)
@@ -86,7 +110,13 @@ def test_no_order_of_threads_and_blocks_changes_a_bit(device, products, emulated
 
 @pytest.mark.parametrize(
     ("dtype", "fused", "count"),
-    [(torch.float32, False, 8), (torch.float16, False, 8), (torch.float16, True, 4), (torch.bfloat16, True, 4)],
+    [
+        (torch.float32, False, 8),
+        (torch.float16, False, 8),
+        (torch.float16, True, 4),
+        (torch.bfloat16, True, 4),
+        (torch.float32, True, 4),
+    ],
 )
 def test_every_barrier_is_needed(emulated, dtype, fused, count):
     """With any one of the barriers taken out, results differ or the emulation refuses: a missing one is found."""

@@ -8,7 +8,7 @@ from cacr_kernels.testing import loss_and_gradients, make_input, make_scores, re
 
 from .cuda_backend import FIXTURES, KINDS, NAN, cuda
 
-emulation, emulated, device, products, emulated_order = FIXTURES
+emulation, emulated, device, short_spans, products, emulated_order = FIXTURES
 
 
 @pytest.mark.parametrize("kind", KINDS)

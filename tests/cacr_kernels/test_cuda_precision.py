@@ -8,11 +8,11 @@ from cacr_kernels.testing import errors, loss_and_gradients, make_scores, score_
 
 from .cuda_backend import FIXTURES, agree, cuda
 
-emulation, emulated, device, products, emulated_order = FIXTURES
+emulation, emulated, device, short_spans, products, emulated_order = FIXTURES
 
 
 @pytest.mark.parametrize("mean", [-3.0, 3.0])
-def test_a_common_offset_of_the_scores_costs_no_precision(device, mean):
+def test_a_common_offset_of_the_scores_costs_no_precision(device, short_spans, mean):
     agree(make_scores(12, 36, std=1.0, mean=mean, seed=5, device=device), 12, 1e-5)
 
 
@@ -29,10 +29,12 @@ def test_a_common_offset_of_the_scores_costs_no_precision(device, mean):
     ],
     ids=["common offset", "nearly uniform rows", "nearly one-hot rows", "common offset, float16"],
 )
-def test_error_budget(device, n_text, n_vision, options, budget):
+def test_error_budget(device, short_spans, n_text, n_vision, options, budget):
     measured = score_errors(cuda, n_text, n_vision, count=3, device=device, **options)
-    assert measured.loss <= budget[0]
-    assert measured.gradient <= budget[1]
+    # three products of tf32 numbers keep 22 bits of the factors
+    share = 2 if short_spans == "fused" else 1
+    assert measured.loss <= share * budget[0]
+    assert measured.gradient <= share * budget[1]
 
 
 def at_most_twice_the_errors_of_the_closed_form(n_text, n_vision, **options):
@@ -55,11 +57,11 @@ def at_most_twice_the_errors_of_the_closed_form(n_text, n_vision, **options):
     ],
     ids=["nearly uniform rows", "short nearly uniform rows", "nearly one-hot rows", "scaled one-hot rows", "normal"],
 )
-def test_errors_are_at_most_twice_those_of_the_closed_form(device, n_text, n_vision, options):
+def test_errors_are_at_most_twice_those_of_the_closed_form(device, short_spans, n_text, n_vision, options):
     at_most_twice_the_errors_of_the_closed_form(n_text, n_vision, device=device, **options)
 
 
-def test_errors_of_nearly_uniform_rows_with_a_trend(device):
+def test_errors_of_nearly_uniform_rows_with_a_trend(device, short_spans):
     """Scores that rise from token to token: 16 times eager's errors where sums round the same way at every step."""
     trend = 1e-3 * torch.linspace(-1, 1, 160, device=device)
     problems = [(make_scores(60, 100, pattern="uniform", seed=seed, device=device) + trend,) for seed in range(8)]
@@ -76,7 +78,7 @@ def test_half_precision_errors_of_nearly_uniform_rows(device, products):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_congruent_attention_has_zero_loss_and_gradient(device, dtype):
+def test_congruent_attention_has_zero_loss_and_gradient(device, short_spans, dtype):
     attn = make_scores(33, 33, pattern="congruent", dtype=dtype, device=device)
     loss, (gradient,) = loss_and_gradients(lambda x: cuda(x, 33), attn)
     assert loss == 0

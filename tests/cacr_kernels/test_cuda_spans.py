@@ -10,7 +10,7 @@ from cacr_kernels.testing import loss_and_gradients, make_input, make_scores, re
 
 from .cuda_backend import FIXTURES, KINDS, NAN, cuda, forward_and_backward, problem_of
 
-emulation, emulated, device, products, emulated_order = FIXTURES
+emulation, emulated, device, short_spans, products, emulated_order = FIXTURES
 
 # text_start, n_text, vision_start, n_vision of examples with 32 tokens, at most 9 and 20 in a span
 VALID = [[1, 5, 8, 20], [20, 7, 2, 11], [0, 0, 4, 9], [3, 9, 12, 20], [2, 4, 6, 1], [7, 3, 0, 0]]

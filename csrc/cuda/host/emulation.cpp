@@ -158,9 +158,10 @@ const std::vector<double>& half_values() {
     return values;
 }
 
-double value_of(unsigned word, int half, bool bfloat16) {
+double value_of(unsigned word, int half, Factors factors) {
+    if (factors == Factors::tf32) return (double)float_of(word & 0xffffe000u);
     const unsigned bits = half ? word >> 16 : word & 0xffffu;
-    return bfloat16 ? (double)float_of(bits << 16) : half_values()[bits];
+    return factors == Factors::bfloat16 ? (double)float_of(bits << 16) : half_values()[bits];
 }
 
 constexpr int kSummands = 4;  // products that a tensor core adds at a time
@@ -175,6 +176,7 @@ float tensor_core_sum(float accumulator, const double (&products)[kSummands]) {
         largest = largest >= fabs(product) ? largest : fabs(product);
         sum += product;
     }
+    if (sum != sum) return float_of(0x7fffffffu);  // a card's NaN
     if (!(largest > 0) || !std::isfinite(sum)) return (float)sum;
     const double unit = ldexp(1.0, ilogb(largest) - 23);
     sum = trunc(accumulator / unit);
@@ -207,21 +209,25 @@ float shuffle_xor(float value, int mask) {
     return received(thread ^ mask, slot, Meeting::shuffle).value;
 }
 
-// The fragments as the PTX ISA lays them out over the lanes (mma.m16n8k16; the halves of it are mma.m16n8k8).
-void multiply_add(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], bool bfloat16) {
+// The fragments as the PTX ISA lays them out over the lanes (mma.m16n8k16, whose halves are mma.m16n8k8, and mma.m16n8k8 of tf32):
+// a lane holds two neighbouring inner indices a word of 16-bit numbers, one of tf32.
+void multiply_add(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], Factors factors) {
     const int thread = block.current;
     const int slot = exchange({Meeting::product, 0, {a[0], a[1], a[2], a[3]}, {b[0], b[1]}, {}});
     const int first = thread / kLanes * kLanes;
+    const int each = factors == Factors::tf32 ? 1 : 2;
     for (int i = 0; i < 4; ++i) {
         const int row = thread % kLanes / 4 + i / 2 * 8;
         const int col = thread % 4 * 2 + i % 2;
-        for (int k = 0; k < 16; k += kSummands) {
+        for (int begin = 0; begin < 8 * each; begin += kSummands) {
             double products[kSummands];
             for (int s = 0; s < kSummands; ++s) {
-                const int lane = (k + s) % 8 / 2;
-                const unsigned word_a = received(first + row % 8 * 4 + lane, slot, Meeting::product).a[row / 8 + (k + s) / 8 * 2];
-                const unsigned word_b = received(first + col * 4 + lane, slot, Meeting::product).b[(k + s) / 8];
-                products[s] = value_of(word_a, (k + s) % 2, bfloat16) * value_of(word_b, (k + s) % 2, bfloat16);
+                const int k = begin + s;
+                const int lane = k / each % 4;
+                const int word = k / each / 4;
+                const unsigned word_a = received(first + row % 8 * 4 + lane, slot, Meeting::product).a[row / 8 + word * 2];
+                const unsigned word_b = received(first + col * 4 + lane, slot, Meeting::product).b[word];
+                products[s] = value_of(word_a, k % each, factors) * value_of(word_b, k % each, factors);
             }
             d[i] = tensor_core_sum(d[i], products);
         }
@@ -331,9 +337,10 @@ extern "C" __attribute__((visibility("default"))) int cacr_emulation_load_matric
     }, 512);
 }
 
-// One instruction of a warp: the words of 32 lanes, a [32, 4] and b [32, 2], d [32, 4] in and out.
+// One instruction of a warp: the words of 32 lanes, a [32, 4] and b [32, 2], d [32, 4] in and out. factors: of half (0), bfloat16
+// (1), tf32 (2).
 extern "C" __attribute__((visibility("default"))) int cacr_emulation_multiply_add(const unsigned* a, const unsigned* b, float* d,
-                                                                                  int bfloat16) {
+                                                                                  int factors) {
     return cacr::emulation::run_grid(1, 1, 1, cacr::emulation::kLanes, [&] {
         const int lane = cacr::thread_index();
         unsigned own_a[4], own_b[2];
@@ -341,7 +348,7 @@ extern "C" __attribute__((visibility("default"))) int cacr_emulation_multiply_ad
         memcpy(own_a, a + 4 * lane, sizeof(own_a));
         memcpy(own_b, b + 2 * lane, sizeof(own_b));
         memcpy(own_d, d + 4 * lane, sizeof(own_d));
-        cacr::emulation::multiply_add(own_d, own_a, own_b, bfloat16 != 0);
+        cacr::emulation::multiply_add(own_d, own_a, own_b, (cacr::emulation::Factors)factors);
         memcpy(d + 4 * lane, own_d, sizeof(own_d));
     });
 }

@@ -30,7 +30,8 @@ int thread_count();
 i64 block_index(int axis);
 void barrier(const char* file, int line);
 float shuffle_xor(float value, int mask);
-void multiply_add(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], bool bfloat16);
+enum class Factors { half, bfloat16, tf32 };  // 16, 16 and 8 inner indices of an instruction
+void multiply_add(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], Factors factors);
 void load_matrices(unsigned (&words)[4], const void* row, bool transposed);
 // Whether kernels that can use tensor cores do.
 bool tensor_cores();
@@ -50,10 +51,10 @@ inline int block_y() { return (int)emulation::block_index(1); }
 inline int block_z() { return (int)emulation::block_index(2); }
 inline float shuffle_xor(float value, int mask) { return emulation::shuffle_xor(value, mask); }
 inline void multiply_add(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
-    emulation::multiply_add(d, a, b, false);
+    emulation::multiply_add(d, a, b, emulation::Factors::half);
 }
 inline void multiply_add_bfloat16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
-    emulation::multiply_add(d, a, b, true);
+    emulation::multiply_add(d, a, b, emulation::Factors::bfloat16);
 }
 inline void load_matrices(unsigned (&words)[4], const void* row) { emulation::load_matrices(words, row, false); }
 inline void load_transposed(unsigned (&words)[4], const void* row) { emulation::load_matrices(words, row, true); }
@@ -76,6 +77,11 @@ inline float float_of(unsigned bits) {
     float value;
     memcpy(&value, &bits, sizeof(value));
     return value;
+}
+
+inline void multiply_add_tf32(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
+    emulation::multiply_add(d, {bits_of(a[0]), bits_of(a[1]), bits_of(a[2]), bits_of(a[3])}, {bits_of(b[0]), bits_of(b[1])},
+                            emulation::Factors::tf32);
 }
 
 inline float float_of_half(unsigned short bits) {
