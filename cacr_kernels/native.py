@@ -321,11 +321,11 @@ class _Cuda:
         self.qk_forward()
 
     def _run(self, problem: Any, x: Tensor, workspace_bytes: Any, launch: Any) -> None:
-        each = workspace_bytes(problem)
+        problem.set_stream(torch.cuda.current_stream(x.device).cuda_stream, x.device.index)
+        each = workspace_bytes(problem)  # none for short spans on a device that has fused kernels for them
         count = max(1, min(x.shape[0] * x.shape[1], _CUDA_WORKSPACE_BYTES // max(each, 1)))
         workspace = torch.empty(each * count, dtype=torch.uint8, device=x.device)
         problem.set_workspace(workspace.data_ptr(), workspace.numel())
-        problem.set_stream(torch.cuda.current_stream(x.device).cuda_stream, x.device.index)
         launch(problem)
 
 

@@ -51,8 +51,15 @@ static int backward_fused(const Problem& problem) {
                          fused_bytes(problem, true), problem.stream, problem);
 }
 
+static bool fused_backward(const Problem& problem) {
+    return fused_takes(problem, shared_limit(cacr_fused_backward_kernel<Half, 2>, kFusedArchitecture));
+}
+
+static i64 workspace_bytes(const Problem& problem) { return (i64)sizeof(float) * larger(1, backward_floats(problem)); }
+
 i64 cacr_backward_workspace_cuda(const Problem& problem) {
-    return (i64)sizeof(float) * larger(1, backward_floats(problem));
+    const DeviceScope scope(problem.device);
+    return !scope.error() && fused_backward(problem) ? 0 : workspace_bytes(problem);
 }
 
 int cacr_backward_cuda(const Problem& problem) {
@@ -62,9 +69,9 @@ int cacr_backward_cuda(const Problem& problem) {
     if (problem.batch * problem.heads == 0 || problem.spans.limit_text + problem.spans.limit_vision == 0) return 0;
     const int error = spans_cover(problem) ? 0 : fill(problem);
     if (error || problem.spans.n_text == 0 || problem.spans.n_vision == 0) return error;
-    if (fused_takes(problem, shared_limit(cacr_fused_backward_kernel<Half, 2>, kFusedArchitecture)))
+    if (fused_backward(problem))
         return CACR_FOR_DTYPE(backward_fused, problem.dtype, problem);
-    return for_chunks(problem, cacr_backward_workspace_cuda(problem), [&](i64 first, i64 count) {
+    return for_chunks(problem, workspace_bytes(problem), [&](i64 first, i64 count) {
         return CACR_FOR_DTYPE(backward, problem.options.kind == Kind::softmax ? DType::f32 : problem.dtype, problem, first, count);
     });
 }

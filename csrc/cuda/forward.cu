@@ -30,8 +30,15 @@ static int forward_fused(const Problem& problem) {
                          fused_bytes(problem, false), problem.stream, problem);
 }
 
+static bool fused_forward(const Problem& problem) {
+    return fused_takes(problem, shared_limit(cacr_fused_forward_kernel<Half, 2>, kFusedArchitecture));
+}
+
+static i64 workspace_bytes(const Problem& problem) { return (i64)sizeof(float) * larger(1, forward_floats(problem)); }
+
 i64 cacr_forward_workspace_cuda(const Problem& problem) {
-    return (i64)sizeof(float) * larger(1, forward_floats(problem));
+    const DeviceScope scope(problem.device);
+    return !scope.error() && fused_forward(problem) ? 0 : workspace_bytes(problem);
 }
 
 int cacr_forward_cuda(const Problem& problem) {
@@ -39,9 +46,9 @@ int cacr_forward_cuda(const Problem& problem) {
     const DeviceScope scope(problem.device);
     if (scope.error()) return scope.error();
     if (problem.batch * problem.heads == 0) return 0;
-    if (fused_takes(problem, shared_limit(cacr_fused_forward_kernel<Half, 2>, kFusedArchitecture)))
+    if (fused_forward(problem))
         return CACR_FOR_DTYPE(forward_fused, problem.dtype, problem);
-    return for_chunks(problem, cacr_forward_workspace_cuda(problem), [&](i64 first, i64 count) {
+    return for_chunks(problem, workspace_bytes(problem), [&](i64 first, i64 count) {
         return CACR_FOR_DTYPE(forward, problem.options.kind == Kind::softmax ? DType::f32 : problem.dtype, problem, first, count);
     });
 }

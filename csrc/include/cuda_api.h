@@ -5,8 +5,9 @@
 
 namespace cacr {
 
-// Bytes of workspace that one problem (b, h) needs. A call takes any multiple k >= 1 of it in Problem::workspace_bytes
-// and works through the batch k problems at a time, so the workspace does not grow with the batch.
+// Bytes of workspace that one problem (b, h) needs on problem.device; 0 where fused kernels take it. A call takes any multiple
+// k >= 1 of it in Problem::workspace_bytes and works through the batch k problems at a time, so the workspace does not grow with
+// the batch.
 i64 cacr_forward_workspace_cuda(const Problem& problem);
 i64 cacr_backward_workspace_cuda(const Problem& problem);
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from cacr_kernels import fused_cacr_blocks
+from cacr_kernels import fused_cacr_blocks, native
+from cacr_kernels.problem import Options, Spans
 from cacr_kernels.reference import cacr_closed_form
 from cacr_kernels.testing import loss_and_gradients, make_input, make_scores, relative_error
 
@@ -58,6 +59,16 @@ def test_sizes(device, dtype, n_text, n_vision):
 def test_what_is_fused(emulated, n_text, n_vision, dtype, kind, launches):
     loss_and_gradients(lambda x: cuda(x, n_text, kind=kind), make_input(kind, n_text, n_vision, dtype=dtype))
     assert emulated.launches() == launches
+
+
+def test_fused_kernels_need_no_workspace(emulated):
+    def workspace():
+        problem = native._problem([make_scores(20, 36)], Spans(0, 20, 20, 36), Options())
+        return emulated.module.forward_workspace_cuda(problem), emulated.module.backward_workspace_cuda(problem)
+
+    assert workspace() == (0, 0)
+    emulated.fused(False)
+    assert min(workspace()) >= 4 * 2 * 20 * 36
 
 
 @DTYPES
