@@ -209,8 +209,8 @@ CACR_DEVICE void project(const Matrix<F>& f, const Matrix<F>& c, int row, int m,
 }
 
 // Y of two neighbouring elements of S_aa.
-template <typename F>
-CACR_DEVICE void targets_of(const Matrix<F>& s, int row, int col, bool probs, float (&y)[2]) {
+template <bool probs, typename F>
+CACR_DEVICE void targets_of(const Matrix<F>& s, int row, int col, float (&y)[2]) {
     const Pair pair = pair_at(s, row, col);
     y[0] = probs ? logit_of_prob(pair.first) : pair.first;
     y[1] = probs ? logit_of_prob(pair.second) : pair.second;

@@ -39,12 +39,11 @@ struct FusedSide {
     Matrix<F> target;
     float factor;
     float weight;
-    bool probs;
     int length;
 };
 
 // Calls take(x, dL/dy) for the lane's elements inside the span, and take(row, col, G) for each pair of them.
-template <typename F, int kSides, typename Take>
+template <bool probs, typename F, int kSides, typename Take>
 CACR_DEVICE void for_gradients(const FusedSide<F>& side, int first_row, Accumulator (&x)[kSides], Take& take) {
     CACR_UNROLL
     for (int r = 0; r < 2; ++r) {
@@ -64,9 +63,9 @@ CACR_DEVICE void for_gradients(const FusedSide<F>& side, int first_row, Accumula
                 for (int e = 0; e < 2; ++e) {
                     float& own = x[t].v[half][2 * r + e];
                     const RowGrad<float> grad =
-                        numbers.gradient(side.factor, own, side.probs ? logit_of_prob(s[e]) : s[e]);
+                        numbers.gradient(side.factor, own, probs ? logit_of_prob(s[e]) : s[e]);
                     const bool inside = used && col + e < side.length;
-                    const float chain = side.probs ? side.weight * logit_of_prob_grad(s[e]) : side.weight;
+                    const float chain = probs ? side.weight * logit_of_prob_grad(s[e]) : side.weight;
                     g[e] = inside ? side.weight * side.factor * grad.dx : 0.0f;
                     take(own, inside ? chain * grad.dy : 0.0f);
                 }
@@ -93,7 +92,20 @@ struct PutGradients {
     }
 };
 
-// G of 16 rows to shared memory, with what undoes its scale to the notes, and dL/dS_aa through Y to x.
+// G of 16 rows, of which x is X, to shared memory, with what undoes its scale to the notes, and dL/dS_aa through Y to x.
+template <bool probs, typename F, int kSides>
+CACR_DEVICE void differentiate_rows(const FusedProblem<F>& fused, const FusedSide<F>& rows, const Strip& strip,
+                                    Accumulator (&x)[kSides]) {
+    PutGradients<F> put = {fused.g(strip.side), 1.0f};
+    if (Words16<F>::scaled) {
+        FindLargest find;
+        for_gradients<probs>(rows, strip.row, x, find);
+        put.scale = scale_of(warp_max(find.largest));
+        if (lane_index() == 0) fused.notes[warp_index()] = reciprocal_of_power(put.scale);
+    }
+    for_gradients<probs>(rows, strip.row, x, put);
+}
+
 template <typename F, int kSides>
 CACR_DEVICE void differentiate(const Problem& problem, const FusedProblem<F>& fused, const Strip& strip,
                                Accumulator (&x)[kSides]) {
@@ -104,16 +116,11 @@ CACR_DEVICE void differentiate(const Problem& problem, const FusedProblem<F>& fu
                             fused.scores(side, side),
                             (float)projection_factor(problem.options, fused.length(1 - side)),
                             row_weight(problem, fused.place, fused.length(side)),
-                            problem.options.kind == Kind::probs,
                             fused.length(side)};
-    PutGradients<F> put = {fused.g(side), 1.0f};
-    if (Words16<F>::scaled) {
-        FindLargest find;
-        for_gradients<F>(rows, strip.row, x, find);
-        put.scale = scale_of(warp_max(find.largest));
-        if (lane_index() == 0) fused.notes[warp_index()] = reciprocal_of_power(put.scale);
-    }
-    for_gradients<F>(rows, strip.row, x, put);
+    if (problem.options.kind == Kind::probs)
+        differentiate_rows<true>(fused, rows, strip, x);
+    else
+        differentiate_rows<false>(fused, rows, strip, x);
 }
 
 // Two neighbouring elements of a row to the gradient.

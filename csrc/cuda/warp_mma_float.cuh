@@ -146,19 +146,23 @@ CACR_DEVICE SplitFragment<float> split<float>(const Accumulator& acc) {
 template <bool exact>
 CACR_DEVICE void add_product(Accumulator& acc, const SplitFragment<float>& a, const Fragment<float>& b) {
     const SplitFragment<float> parts = split_right<exact>(b);
+    float sum[2][4] = {{0.0f, 0.0f, 0.0f, 0.0f}, {0.0f, 0.0f, 0.0f, 0.0f}};
+    CACR_UNROLL
+    for (int s = 0; s < 2; ++s) {
+        CACR_UNROLL
+        for (int part = 0; part < 3; ++part) {  // low high, high low, high high
+            CACR_UNROLL
+            for (int half = 0; half < 2; ++half) {
+                const float(&from)[4] = part == 1 ? parts.low.v[half] : parts.high.v[half];
+                const float columns[2] = {from[2 * s], from[2 * s + 1]};
+                multiply_add_tf32(sum[half], part == 0 ? a.low.v[s] : a.high.v[s], columns);
+            }
+        }
+    }
     CACR_UNROLL
     for (int half = 0; half < 2; ++half) {
-        float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
         CACR_UNROLL
-        for (int s = 0; s < 2; ++s) {
-            const float high[2] = {parts.high.v[half][2 * s], parts.high.v[half][2 * s + 1]};
-            const float low[2] = {parts.low.v[half][2 * s], parts.low.v[half][2 * s + 1]};
-            multiply_add_tf32(sum, a.low.v[s], high);
-            multiply_add_tf32(sum, a.high.v[s], low);
-            multiply_add_tf32(sum, a.high.v[s], high);
-        }
-        CACR_UNROLL
-        for (int r = 0; r < 4; ++r) acc.v[half][r] += sum[r];
+        for (int r = 0; r < 4; ++r) acc.v[half][r] += sum[half][r];
     }
 }
 
