@@ -50,7 +50,7 @@ struct Matrix {
 CACR_HD int pitch_of(int sides) { return sides * kSide + 8; }
 
 // Two neighbouring elements of a row; col is even.
-struct Pair {
+struct alignas(8) Pair {
     float first;
     float second;
 };
