@@ -119,6 +119,9 @@ def test_a_sum_of_the_wrong_register_is_found():
     good = "        /*70f0*/                   UIADD3.X UR35, UR5, -0x7fffffe0, URZ, UP0, !UPT ;\n"
     assert aot.stale_sums(lower + upper) == ("UIADD3.X UR35, UR4, -0x7fffffe0, URZ, UP0, !UPT",)
     assert aot.stale_sums(lower + between + upper) == aot.stale_sums(lower + good) == ()
+    zero = "/*5d40*/ UIADD3 UR15, UP0, URZ, UR15, URZ ;\n"
+    assert aot.stale_sums(zero + "/*5d80*/ UIADD3.X UR45, UR45, 0x40, URZ, UP0, !UPT ;\n") == ()
+    assert len(aot.stale_sums(zero + "/*5d80*/ UIADD3.X UR45, UR15, 0x40, URZ, UP0, !UPT ;\n")) == 1
     report = aot.Report(1, 0, 0, frozenset(), stale=aot.stale_sums(lower + upper))
     assert "wrong register" in report.faults(aot.Case("own_64", 90, "bfloat16", "scores"))[0]
 
