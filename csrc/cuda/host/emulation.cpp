@@ -33,12 +33,20 @@ struct Message {
     unsigned short row[8];  // matrices
 };
 
+struct Copy {
+    void* to;
+    const void* from;
+    int bytes;
+    int width;
+};
+
 struct Fiber {
     ucontext_t context;
     std::unique_ptr<char[]> stack;
     State state = State::finished;
     Message sent[2];  // the last two: a lane may be one ahead of its warp
     int messages = 0;
+    std::vector<Copy> copies;  // begun
 };
 
 struct Settings {
@@ -78,7 +86,9 @@ void wait_as(State state) {
 
 void fiber_main() {
     (*block.body)();
-    block.fibers[(size_t)block.current].state = State::finished;
+    Fiber& fiber = block.fibers[(size_t)block.current];
+    if (!fiber.copies.empty()) fail("a thread ends without waiting for its copies");
+    fiber.state = State::finished;
 }
 
 void wake(int thread) {
@@ -110,6 +120,7 @@ void start(int thread) {
     fiber.context.uc_link = &block.scheduler;
     makecontext(&fiber.context, fiber_main, 0);
     fiber.messages = 0;
+    fiber.copies.clear();
     wake(thread);
 }
 
@@ -259,6 +270,20 @@ void load_matrices(unsigned (&words)[4], const void* row, bool transposed) {
         }
         words[matrix] = element[0] | element[1] << 16;
     }
+}
+
+void begin_copy(void* to, const void* from, int bytes, int width) {
+    if (((size_t)to | (size_t)from) % (size_t)width) fail("a copy is not aligned");
+    block.fibers[(size_t)block.current].copies.push_back({to, from, bytes, width});
+}
+
+void finish_copies() {
+    std::vector<Copy>& copies = block.fibers[(size_t)block.current].copies;
+    for (const Copy& copy : copies) {
+        memcpy(copy.to, copy.from, (size_t)copy.bytes);
+        memset((char*)copy.to + copy.bytes, 0, (size_t)(copy.width - copy.bytes));
+    }
+    copies.clear();
 }
 
 bool tensor_cores() { return settings.tensor_cores; }

@@ -1,8 +1,9 @@
 // CUDA for a host compiler: the names of primitives.cuh and launch.cuh, so that the kernels' source runs without a card.
 //
 // The threads of a block are fibers that run one at a time, in a shuffled order, from one barrier or shuffle to the next;
-// blocks run in a shuffled order too. Shared memory starts as NaN. A missing barrier therefore reads NaN or old values,
-// and threads that disagree about a barrier are reported. Slow, for tests only.
+// blocks run in a shuffled order too. Shared memory starts as NaN, and asynchronous copies are made when a thread waits for
+// its own. A missing barrier or wait therefore reads NaN or old values, and threads that disagree about a barrier are
+// reported. Slow, for tests only.
 #pragma once
 
 #include <math.h>
@@ -33,6 +34,9 @@ float shuffle_xor(float value, int mask);
 enum class Factors { half, bfloat16, tf32 };  // 16, 16 and 8 inner indices of an instruction
 void multiply_add(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], Factors factors);
 void load_matrices(unsigned (&words)[4], const void* row, bool transposed);
+// The copies of a thread happen when it waits for them, and not before.
+void begin_copy(void* to, const void* from, int bytes, int width);
+void finish_copies();
 // Whether kernels that can use tensor cores do.
 bool tensor_cores();
 // Dynamic shared memory of a block.
@@ -61,11 +65,9 @@ inline void load_transposed(unsigned (&words)[4], const void* row) { emulation::
 
 template <int width>
 void begin_copy(void* to, const void* from, int bytes) {
-    if (((size_t)to | (size_t)from) % width) abort();
-    memcpy(to, from, (size_t)bytes);
-    memset((char*)to + bytes, 0, (size_t)(width - bytes));
+    emulation::begin_copy(to, from, bytes, width);
 }
-inline void finish_copies() {}
+inline void finish_copies() { emulation::finish_copies(); }
 
 inline unsigned bits_of(float value) {
     unsigned bits;
