@@ -11,22 +11,23 @@ namespace cacr {
 // What turns X of one row into gradients.
 struct FusedRow {
     RowNumbers<float> numbers;
-    float log2_x;  // of the sums
-    float log2_y;
+    float inverse_x;  // of the sums
+    float inverse_y;
 
     CACR_DEVICE FusedRow(const RowStats& stats, int row) {
         numbers = row_numbers(stats, row);
-        log2_x = kLog2E * log_of(numbers.sum_x);
-        log2_y = kLog2E * log_of(numbers.sum_y);
+        inverse_x = 1.0f / numbers.sum_x;
+        inverse_y = 1.0f / numbers.sum_y;
     }
 
-    // Formulas of row_grad; p - q of equal rows is 0 whatever the compiler fuses.
+    // Formulas of row_grad; p - q of equal rows is 0 whatever the compiler fuses. The sums are no part of the exponent: what it
+    // is rounded by there is many times a nearly uniform row's p - q.
     CACR_DEVICE RowGrad<float> gradient(float factor, float product, float y) const {
         const float u = fused(factor, product, -numbers.max_x);
         const float v = y - numbers.max_y;
         const float d = u - v;
-        const float p = exp2_of(fused(u, kLog2E, -log2_x));
-        const float q = exp2_of(fused(v, kLog2E, -log2_y));
+        const float p = product_of(exp2_of(u * kLog2E), inverse_x);
+        const float q = product_of(exp2_of(v * kLog2E), inverse_y);
         const float difference = p - q;
         return {fused(p, d - numbers.mean_p, difference), -fused(q, d - numbers.mean_q, difference)};
     }

@@ -139,6 +139,9 @@ CACR_DEVICE unsigned half_pair(float first, float second) {
     return word;
 }
 
+// A product that no compiler fuses with a sum.
+CACR_DEVICE float product_of(float a, float b) { return __fmul_rn(a, b); }
+
 // 2^value, to two units in the last place.
 CACR_DEVICE float exp2_of(float value) {
     float power;

@@ -215,4 +215,4 @@ def test_inputs_that_bite(device, dtype, options):
     assert relative_error(loss, expected) < 5e-6
     # gradients of nearly uniform rows lie where float16 has less than 11 bits; eager's errors there in float32: 8e-5
     rounding = relative_error(expected_gradient.to(dtype), expected_gradient)
-    assert relative_error(gradient, expected_gradient) < (2e-4 if dtype == torch.float32 else 1.1 * rounding)
+    assert relative_error(gradient, expected_gradient) < (8e-5 if dtype == torch.float32 else 1.1 * rounding)

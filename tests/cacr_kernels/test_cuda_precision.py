@@ -54,8 +54,17 @@ def at_most_twice_the_errors_of_the_closed_form(n_text, n_vision, **options):
         (20, 70, {"std": 10.0}),
         (20, 70, {"std": 10.0, "problem": {"projection_scale": 0.3}}),
         (60, 100, {}),
+        # 5e-6, where the sums are part of the exponents
+        (55, 27, {"kind": "probs", "problem": {"stop_gradient": "target"}}),
     ],
-    ids=["nearly uniform rows", "short nearly uniform rows", "nearly one-hot rows", "scaled one-hot rows", "normal"],
+    ids=[
+        "nearly uniform rows",
+        "short nearly uniform rows",
+        "nearly one-hot rows",
+        "scaled one-hot rows",
+        "normal",
+        "projections of probabilities",
+    ],
 )
 def test_errors_are_at_most_twice_those_of_the_closed_form(device, short_spans, n_text, n_vision, options):
     at_most_twice_the_errors_of_the_closed_form(n_text, n_vision, device=device, **options)

@@ -121,6 +121,11 @@ inline unsigned bfloat16_pair(float first, float second) {
     return bfloat16_bits(first) | (unsigned)bfloat16_bits(second) << 16;
 }
 
+inline float product_of(float a, float b) {
+    const volatile float product = a * b;
+    return product;
+}
+
 inline float exp2_of(float value) { return exp2f(value); }
 
 constexpr int kInvalidValue = 1;
