@@ -25,10 +25,7 @@ constexpr float kLog2E = 1.44269504088896340736f;
 CACR_HD int sides_of(int length) { return (length + kSide - 1) / kSide; }
 
 // Elements: all scores; G of one side, which is two numbers of 16 bits or one of 32 an element.
-template <typename F>
-CACR_HD int fused_scores(int text, int vision) {
-    return kSide * (text + vision) * (pitch_of(text) + pitch_of(vision));
-}
+CACR_HD int fused_scores(int text, int vision) { return kSide * (text + vision) * (pitch_of(text) + pitch_of(vision)); }
 template <typename F>
 CACR_HD int fused_g(int sides) {
     return (sizeof(F) == 2 ? 2 : 1) * kSide * sides * pitch_of(sides);
@@ -37,7 +34,7 @@ CACR_HD int fused_g(int sides) {
 // Bytes of shared memory for spans of so many times 16 tokens.
 template <typename F>
 CACR_HD int fused_bytes(int text, int vision, bool backward) {
-    const int elements = fused_scores<F>(text, vision) + (backward ? fused_g<F>(text) + fused_g<F>(vision) : 0);
+    const int elements = fused_scores(text, vision) + (backward ? fused_g<F>(text) + fused_g<F>(vision) : 0);
     return 4 * kFusedNotes + (int)sizeof(F) * elements;
 }
 
@@ -70,7 +67,7 @@ struct FusedProblem {
     // G of a side.
     CACR_DEVICE WideMatrix<F> g(int side) const {
         const int pitch = pitch_of(sides(side));
-        const int before = fused_scores<F>(sides(kText), sides(kVision)) + (side == kText ? 0 : fused_g<F>(sides(kText)));
+        const int before = fused_scores(sides(kText), sides(kVision)) + (side == kText ? 0 : fused_g<F>(sides(kText)));
         WideMatrix<F> m;
         m.high = {elements + before, pitch};
         if constexpr (sizeof(F) == 2) m.low = {elements + before + kSide * sides(side) * pitch, pitch};

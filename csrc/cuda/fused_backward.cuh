@@ -107,17 +107,16 @@ CACR_DEVICE void differentiate_rows(const FusedProblem<F>& fused, const FusedSid
     for_gradients<probs>(rows, strip.row, x, put);
 }
 
+// X of 16 rows again, and what differentiate_rows makes of it.
 template <typename F, int kSides>
 CACR_DEVICE void differentiate(const Problem& problem, const FusedProblem<F>& fused, const Strip& strip,
                                Accumulator (&x)[kSides]) {
     const int side = strip.side;
     project<F>(fused.scores(side, 1 - side), fused.scores(1 - side, 1 - side), strip.row, fused.sides(1 - side),
                fused.sides(side), x);
-    const FusedSide<F> rows = {RowStats(problem, fused.place, side),
-                            fused.scores(side, side),
-                            (float)projection_factor(problem.options, fused.length(1 - side)),
-                            row_weight(problem, fused.place, fused.length(side)),
-                            fused.length(side)};
+    const FusedSide<F> rows = {RowStats(problem, fused.place, side), fused.scores(side, side),
+                               (float)projection_factor(problem.options, fused.length(1 - side)),
+                               row_weight(problem, fused.place, fused.length(side)), fused.length(side)};
     if (problem.options.kind == Kind::probs)
         differentiate_rows<true>(fused, rows, strip, x);
     else
