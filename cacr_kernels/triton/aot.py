@@ -180,16 +180,16 @@ def stale_sums(machine_code: str) -> tuple[str, ...]:
     ptxas 12.8 made such descriptors of shared memory for Hopper's products, which an H100 then read out of bounds.
     """
     found = []
-    carry: str | None = None
-    addends: set[str] = set()
+    carry = addend = None
     for name, operands in re.findall(r"\*/\s+(?:@!?U?P\d+ )?([A-Z0-9_.]+) (.*?) ;", machine_code):
         target, *rest = operands.split(", ")
-        if name == "UIADD3.X" and carry in rest and addends.intersection(rest):
+        if name == "UIADD3.X" and carry in rest and addend in rest:
             found.append(f"{name} {operands}")
         if name == "UIADD3" and rest[0].startswith("UP"):
-            carry, addends = rest[0], {operand for operand in rest[1:] if re.fullmatch(r"UR\d+", operand)}
-        else:
-            addends.discard(target)  # it holds another number from here on
+            # the first one: a number that is added may have the same halves, as 0 or -1 has
+            carry, addend = rest[0], next((register for register in rest[1:] if re.fullmatch(r"UR\d+", register)), None)
+        elif target == addend:  # it holds another number from here on
+            carry = addend = None
     return tuple(found)
 
 

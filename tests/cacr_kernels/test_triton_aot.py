@@ -122,6 +122,8 @@ def test_a_sum_of_the_wrong_register_is_found():
     zero = "/*5d40*/ UIADD3 UR15, UP0, URZ, UR15, URZ ;\n"
     assert aot.stale_sums(zero + "/*5d80*/ UIADD3.X UR45, UR45, 0x40, URZ, UP0, !UPT ;\n") == ()
     assert len(aot.stale_sums(zero + "/*5d80*/ UIADD3.X UR45, UR15, 0x40, URZ, UP0, !UPT ;\n")) == 1
+    minus_one = "/*2390*/ UIADD3 UR25, UP0, UR25, UR14, URZ ;\n/*23b0*/ UIADD3.X UR7, UR7, UR14, URZ, UP0, !UPT ;\n"
+    assert aot.stale_sums(minus_one) == ()
     report = aot.Report(1, 0, 0, frozenset(), stale=aot.stale_sums(lower + upper))
     assert "wrong register" in report.faults(aot.Case("own_64", 90, "bfloat16", "scores"))[0]
 
