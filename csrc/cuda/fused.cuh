@@ -155,8 +155,8 @@ CACR_DEVICE void copy_problem(const Problem& problem, const FusedProblem<F>& fus
     }
 }
 
-// Right operand B[k][j] = f(row + j, col + k) of X. In float less f(0, col + k): that is a constant a row of X, which its softmax
-// does not see, and a common offset of F does not eat the digits of X.
+// Right operand B[k][j] = f(row + j, col + k) of X. In float less f(0, col + k): that is a constant a row of X, which its
+// softmax does not see, and a common offset of F does not eat the digits of X.
 template <typename F>
 CACR_DEVICE Fragment<F> centred(const Matrix<F>& f, int row, int col) {
     return right_transposed(f, row, col);
@@ -175,7 +175,8 @@ CACR_DEVICE Fragment<float> centred(const Matrix<float>& f, int row, int col) {
     return b;
 }
 
-// X / factor = U F^T (up to a constant a row), 16 rows from `row`, to x[t] columns 16 t + 0..15; m and n: n_b and n_a in units of 16.
+// X / factor = U F^T (up to a constant a row), 16 rows from `row`, to x[t] columns 16 t + 0..15; m and n: n_b and n_a in units
+// of 16.
 template <typename F, int kSides>
 CACR_DEVICE void project(const Matrix<F>& f, const Matrix<F>& c, int row, int m, int n, Accumulator (&x)[kSides]) {
     constexpr bool exact = Words16<F>::scaled;
@@ -236,7 +237,7 @@ inline int fused_bytes(const Problem& problem, bool backward) {
 // must form X alike: what matters is what the backward needs.
 inline bool fused_takes(const Problem& problem, int shared_bytes) {
     const SpanTable& spans = problem.spans;
-    return problem.dtype != DType::f64 && problem.options.kind != Kind::softmax && spans.n_text > 0 && spans.n_vision > 0 &&
+    return problem.options.kind != Kind::softmax && spans.n_text > 0 && spans.n_vision > 0 &&
            spans.n_text <= kFusedLongest && spans.n_vision <= kFusedLongest &&
            kWarp * fused_warps(spans) <= fused_threads(7) && fused_bytes(problem, true) <= shared_bytes;
 }

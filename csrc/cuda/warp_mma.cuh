@@ -54,7 +54,8 @@ struct alignas(8) Pair {
     float first;
     float second;
 };
-// What differs between the two types of 16 bits: the instruction, pairs of them in a word, and whether rows need a scale.
+// What differs between the two types of 16 bits: the instruction, pairs of them in a word, and whether rows need a scale (not in
+// float either).
 template <typename F>
 struct Words16 {
     static constexpr bool scaled = false;

@@ -27,6 +27,18 @@ from cacr_kernels.testing import loss_and_gradients, relative_error
 NAN = float("nan")
 #: sides, projection_scale, projection_mean, row_mean, stop_gradient, expected_grad, scale, backend of the operators
 OPTIONS = ("both", 1.0, False, False, "none", 1.0, 1.0, "cuda")
+#: options of the loss, one test each
+VARIANTS = pytest.mark.parametrize(
+    "options",
+    [
+        {"sides": "text", "projection_scale": "mean"},
+        {"sides": "vision", "row_reduction": "mean"},
+        {"stop_gradient": "target"},
+        {"stop_gradient": "projection", "reduction": "none"},
+        {"sides": "text", "stop_gradient": "target", "projection_scale": -0.5},
+    ],
+    ids=lambda o: "-".join(map(str, o.values())),
+)
 CSRC = Path(__file__).parents[2] / "csrc"
 KINDS = ("scores", "softmax", "probs")
 

@@ -8,7 +8,7 @@ from cacr_kernels.problem import Options, Spans
 from cacr_kernels.reference import cacr_closed_form
 from cacr_kernels.testing import loss_and_gradients, make_input, make_scores, relative_error
 
-from .cuda_backend import FIXTURES, NAN, cuda, forward_and_backward, problem_of
+from .cuda_backend import FIXTURES, NAN, VARIANTS, cuda, forward_and_backward, problem_of
 
 emulation, emulated, device, short_spans, products, emulated_order = FIXTURES
 
@@ -80,22 +80,12 @@ def test_less_shared_memory_takes_other_kernels(emulated, dtype):
     other, (other_gradient,) = loss_and_gradients(lambda x: cuda(x, 20), attn)
     assert emulated.launches() == 4
     assert relative_error(loss, other) < 1e-6
-    assert relative_error(gradient, other_gradient) < 1e-3
+    assert relative_error(gradient, other_gradient) < GRADIENT[dtype]
 
 
 @DTYPES
 @pytest.mark.parametrize("kind", ["scores", "probs"])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"sides": "text", "projection_scale": "mean"},
-        {"sides": "vision", "row_reduction": "mean"},
-        {"stop_gradient": "target"},
-        {"stop_gradient": "projection", "reduction": "none"},
-        {"sides": "text", "stop_gradient": "target", "projection_scale": -0.5},
-    ],
-    ids=lambda o: "-".join(map(str, o.values())),
-)
+@VARIANTS
 def test_options(device, dtype, kind, options):
     agree(make_input(kind, 18, 35, heads=2, std=0.5, dtype=dtype, seed=3, device=device), 18, kind=kind, **options)
 
@@ -215,4 +205,5 @@ def test_inputs_that_bite(device, dtype, options):
     assert relative_error(loss, expected) < 5e-6
     # gradients of nearly uniform rows lie where float16 has less than 11 bits; eager's errors there in float32: 8e-5
     rounding = relative_error(expected_gradient.to(dtype), expected_gradient)
-    assert relative_error(gradient, expected_gradient) < (8e-5 if dtype == torch.float32 else 1.1 * rounding)
+    exact = 8e-5 if options.get("pattern") == "uniform" else GRADIENT[torch.float32]
+    assert relative_error(gradient, expected_gradient) < (exact if dtype == torch.float32 else 1.1 * rounding)

@@ -6,7 +6,7 @@ import torch
 from cacr_kernels.reference import cacr_closed_form
 from cacr_kernels.testing import loss_and_gradients, make_input, make_scores, relative_error
 
-from .cuda_backend import FIXTURES, KINDS, NAN, cuda
+from .cuda_backend import FIXTURES, KINDS, NAN, VARIANTS, cuda
 
 emulation, emulated, device, short_spans, products, emulated_order = FIXTURES
 
@@ -51,16 +51,7 @@ def test_half_precision_sizes(device, n_text, n_vision):
 
 
 @pytest.mark.parametrize("kind", ["scores", "probs"])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"sides": "text", "projection_scale": "mean"},
-        {"sides": "vision", "row_reduction": "mean"},
-        {"stop_gradient": "target"},
-        {"stop_gradient": "projection", "reduction": "none"},
-    ],
-    ids=lambda o: "-".join(map(str, o.values())),
-)
+@VARIANTS
 def test_half_precision_options(device, kind, options):
     attn = make_input(kind, 6, 19, batch=2, heads=2, std=0.5, dtype=torch.float16, seed=3, device=device)
     half_precision_agrees(attn, 6, kind=kind, **options)

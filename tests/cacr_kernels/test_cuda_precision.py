@@ -31,8 +31,8 @@ def test_a_common_offset_of_the_scores_costs_no_precision(device, short_spans, m
 )
 def test_error_budget(device, short_spans, n_text, n_vision, options, budget):
     measured = score_errors(cuda, n_text, n_vision, count=3, device=device, **options)
-    # three products of tf32 numbers keep 22 bits of the factors
-    share = 2 if short_spans == "fused" else 1
+    # float32 in the fused kernels: three products of tf32 numbers keep 22 bits of the factors
+    share = 2 if short_spans == "fused" and "dtype" not in options else 1
     assert measured.loss <= share * budget[0]
     assert measured.gradient <= share * budget[1]
 

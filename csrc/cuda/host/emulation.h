@@ -7,7 +7,6 @@
 #pragma once
 
 #include <math.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include <functional>

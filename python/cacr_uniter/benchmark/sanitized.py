@@ -19,6 +19,8 @@ from cacr_kernels.testing import make_input
 
 SIZES = ((7, 33), (130, 70))
 """Spans that one tile holds, and longer ones; neither is a multiple of anything."""
+FUSED_SIZE = (60, 100)
+"""Of the largest blocks of threads of the fused CUDA kernels."""
 
 KINDS = ("scores", "softmax", "probs")
 
@@ -36,7 +38,7 @@ def cases(device: str, names: Sequence[str], sizes: Sequence[tuple[int, int]] = 
     """(device, backend, T, R, kind, dtype): every kind in float32, and kind "scores" in the other dtypes."""
     found = []
     for name in names:
-        for size in sizes:
+        for size in (*sizes, FUSED_SIZE) if name == "cuda" else sizes:
             for dtype in dtypes_of(device):
                 kinds = KINDS if dtype == torch.float32 else KINDS[:1]
                 found += [(device, name, *size, kind, dtype) for kind in kinds]
