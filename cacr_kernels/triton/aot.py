@@ -69,14 +69,17 @@ for bucket in BUCKETS:
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel as one entry of the launch table starts it: the built-in one, or ``entry`` of a file."""
+    """One kernel as one entry of the launch table starts it: the built-in one, or ``entry`` of a file.
+
+    ``spans``: from a table ("ragged"), "equal" ones, or equal ones which begin and end at whole "quads".
+    """
 
     kernel: str
     arch: int
     dtype: str
     kind: str
     unit: bool = True
-    ragged: bool = True
+    spans: str = "ragged"
     narrow: bool = False
     entry: Launch | None = None
 
@@ -90,7 +93,8 @@ class Case:
         return self.entry is not None or key in MEASURED.get(family(self.arch), {})
 
     def __str__(self) -> str:
-        layout = ("" if self.unit else " strided") + ("" if self.ragged else " equal spans")
+        layout = "" if self.unit else " strided"
+        layout += {"ragged": "", "equal": " equal spans", "quads": " whole quads"}[self.spans]
         layout += " narrow" if self.narrow else ""
         return f"{self.kernel:18s} sm_{self.arch:<4d} {self.dtype:9s} {self.kind}{layout}"
 
@@ -213,8 +217,10 @@ def inspect(compiled: Any) -> Report:
 def compile_case(case: Case) -> Report:
     kernel, flags = KERNELS[case.kernel]
     attn = torch.empty(2, 3, 160, 160, dtype=getattr(torch, case.dtype), device="meta")
-    table = torch.empty(2, 4, dtype=torch.int32, device="meta") if case.ragged else None
-    problem = Problem([attn if case.unit else attn.mT], Spans(0, 60, 60, 100, table), Options(kind=case.kind))  # type: ignore[arg-type]
+    table = torch.empty(2, 4, dtype=torch.int32, device="meta") if case.spans == "ragged" else None
+    n_text = 60 if case.spans == "quads" else 59
+    spans = Spans(0, n_text, n_text, 100, table)
+    problem = Problem([attn if case.unit else attn.mT], spans, Options(kind=case.kind))  # type: ignore[arg-type]
     entry = case.launch
     if case.kernel.startswith("own"):  # float32: dY is in the gradient already (see scores.Backward.small)
         flags = flags | {"DY": "gradient" if case.dtype == "float32" else "computed"}
@@ -239,7 +245,7 @@ def is_launched(case: Case) -> bool:
 
 
 def cases(architectures: list[int], dtypes: list[str], kernels: list[str], kinds: list[str]) -> Iterator[Case]:
-    """The matrix: contiguous columns for every kind; strided ones and equal spans once.
+    """The matrix: ragged spans and whole quads for every kind; strided columns and other equal spans once.
 
     The small path also ``narrow``: text half as long as vision, with code of its own for either side. ``numbers``
     exists for kind "softmax" only.
@@ -250,11 +256,12 @@ def cases(architectures: list[int], dtypes: list[str], kernels: list[str], kinds
                 found = []
                 for narrow in (False, True) if kernel[-1].isdigit() else (False,):
                     for kind in {"numbers": ["softmax"], "fill": ["scores"]}.get(kernel, kinds):
-                        found.append(Case(kernel, arch, dtype, kind, narrow=narrow))
+                        for spans in ("ragged", "quads"):
+                            found.append(Case(kernel, arch, dtype, kind, spans=spans, narrow=narrow))
                 if "scores" in kinds and kernel not in ("numbers", "fill"):
                     narrow = kernel.startswith("whole")
                     found.append(Case(kernel, arch, dtype, "scores", unit=False, narrow=narrow))
-                    found.append(Case(kernel, arch, dtype, "scores", ragged=False, narrow=narrow))
+                    found.append(Case(kernel, arch, dtype, "scores", spans="equal", narrow=narrow))
                 yield from filter(is_launched, found)
 
 
@@ -271,14 +278,14 @@ QUICK = (
     Case("forward_128", 86, "float32", "scores"),
     Case("forward_64", 90, "bfloat16", "softmax"),
     Case("rows_128", 80, "float32", "probs"),
-    Case("rows_128", 90, "bfloat16", "scores", ragged=False),
+    Case("rows_128", 90, "bfloat16", "scores", spans="equal"),
     Case("rows_64", 100, "float16", "scores"),
     Case("cross_128", 90, "float32", "scores"),
     Case("cross_64", 86, "bfloat16", "softmax"),
     Case("own_128", 89, "float16", "softmax"),
     Case("own_128", 90, "bfloat16", "scores", narrow=True),
     Case("whole_forward_128", 90, "float16", "scores", narrow=True),
-    Case("whole_backward_128", 90, "bfloat16", "scores", narrow=True, ragged=False),
+    Case("whole_backward_128", 90, "bfloat16", "scores", spans="quads", narrow=True),
     Case("whole_forward_64", 90, "bfloat16", "probs"),
     Case("whole_backward_64", 90, "float16", "softmax"),
     Case("whole_rows_128", 90, "float32", "scores", narrow=True),
@@ -287,7 +294,7 @@ QUICK = (
     Case("numbers", 100, "bfloat16", "softmax"),
     Case("fill", 80, "float32", "scores"),
     Case("project", 90, "bfloat16", "scores", unit=False),
-    Case("large_forward", 100, "float16", "probs"),
+    Case("large_forward", 100, "float16", "probs", spans="quads"),
     Case("large_g", 90, "float32", "scores"),
     Case("large_v", 100, "float32", "scores"),
     Case("large_cross", 86, "bfloat16", "scores"),

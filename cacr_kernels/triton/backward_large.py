@@ -34,10 +34,10 @@ from .rows import load_rows, rows_gradient, side_scale, target_gradient, target_
 
 @triton.jit(do_not_specialize=[*UNSPECIALIZED, "is_text", "n_tiles_j", "n_tiles"])
 def large_g_kernel(
-    tt,  # Block: S_tt [B, H, T, T]
-    tv,  # Block: S_tv [B, H, T, R]
-    vt,  # Block: S_vt [B, H, R, T]
-    vv,  # Block: S_vv [B, H, R, R]
+    tt,  # BlockArg: S_tt [B, H, T, T]
+    tv,  # BlockArg: S_tv [B, H, T, R]
+    vt,  # BlockArg: S_vt [B, H, R, T]
+    vv,  # BlockArg: S_vv [B, H, R, R]
     spans,  # SpanArgs
     scaling,  # Scaling
     grad_loss,  # [B, H]
@@ -58,7 +58,7 @@ def large_g_kernel(
 ):
     """G = scale grad_loss dX of one side, one tile [I, J] a program."""
     tt, tv, vt, vv = plain_blocks(tt, tv, vt, vv)
-    spans = SpanArgs(spans.table, *plain_spans(spans))
+    spans = SpanArgs(spans.table, spans.step, *plain_spans(spans))
     scaling = plain_scaling(scaling)
     work = plain_work(work)
     i_problem = tl.program_id(0) // n_tiles
@@ -80,10 +80,10 @@ def large_g_kernel(
 
 @triton.jit(do_not_specialize=["stats", "n_heads", "is_text", "n_tiles_c", "n_tiles"])
 def large_v_kernel(
-    tt,  # Block: S_tt [B, H, T, T]
-    tv,  # Block: S_tv [B, H, T, R]
-    vt,  # Block: S_vt [B, H, R, T]
-    vv,  # Block: S_vv [B, H, R, R]
+    tt,  # BlockArg: S_tt [B, H, T, T]
+    tv,  # BlockArg: S_tv [B, H, T, R]
+    vt,  # BlockArg: S_vt [B, H, R, T]
+    vv,  # BlockArg: S_vv [B, H, R, R]
     spans,  # SpanArgs
     stats,  # float32 [B * H, 8, T + R]
     work,  # Work
@@ -100,7 +100,7 @@ def large_v_kernel(
 ):
     """V = G F [n_a, n_b] of one side, one tile [I, C] a program."""
     tt, tv, vt, vv = plain_blocks(tt, tv, vt, vv)
-    spans = SpanArgs(spans.table, *plain_spans(spans))
+    spans = SpanArgs(spans.table, spans.step, *plain_spans(spans))
     work = plain_work(work)
     i_problem = tl.program_id(0) // n_tiles
     i_tile = tl.program_id(0) % n_tiles
@@ -135,10 +135,10 @@ def cross_tile(
 
 @triton.jit(do_not_specialize=[*UNSPECIALIZED, "grad_tv", "grad_vt", "is_text", "n_tiles_c", "n_tiles"])
 def large_cross_kernel(
-    tt,  # Block: S_tt [B, H, T, T]
-    tv,  # Block: S_tv [B, H, T, R]
-    vt,  # Block: S_vt [B, H, R, T]
-    vv,  # Block: S_vv [B, H, R, R]
+    tt,  # BlockArg: S_tt [B, H, T, T]
+    tv,  # BlockArg: S_tv [B, H, T, R]
+    vt,  # BlockArg: S_vt [B, H, R, T]
+    vv,  # BlockArg: S_vv [B, H, R, R]
     spans,  # SpanArgs
     stats,  # float32 [B * H, 8, T + R]
     work,  # Work
@@ -157,7 +157,7 @@ def large_cross_kernel(
 ):
     """dS_ab of one side from dF, tiles [J, C]. Kind "softmax": P (dF - rowsum(P dF)), whole rows in one program."""
     tt, tv, vt, vv = plain_blocks(tt, tv, vt, vv)
-    spans = SpanArgs(spans.table, *plain_spans(spans))
+    spans = SpanArgs(spans.table, spans.step, *plain_spans(spans))
     work = plain_work(work)
     i_problem = tl.program_id(0) // n_tiles
     i_tile = tl.program_id(0) % n_tiles
@@ -199,10 +199,10 @@ def inner_tile(
 
 @triton.jit(do_not_specialize=[*UNSPECIALIZED, "grad_tt", "grad_vv", "first", "n_tiles"])
 def large_own_kernel(
-    tt,  # Block: S_tt [B, H, T, T]
-    tv,  # Block: S_tv [B, H, T, R]
-    vt,  # Block: S_vt [B, H, R, T]
-    vv,  # Block: S_vv [B, H, R, R]
+    tt,  # BlockArg: S_tt [B, H, T, T]
+    tv,  # BlockArg: S_tv [B, H, T, R]
+    vt,  # BlockArg: S_vt [B, H, R, T]
+    vv,  # BlockArg: S_vv [B, H, R, R]
     spans,  # SpanArgs
     scaling,  # Scaling
     grad_loss,  # [B, H]
@@ -229,7 +229,7 @@ def large_own_kernel(
     dS'_aa = F_b^T V_b, with F_b = S_ba [n_b, n_a] and V_b [n_b, n_a] of the other side. One rounding after the sum.
     """
     tt, tv, vt, vv = plain_blocks(tt, tv, vt, vv)
-    spans = SpanArgs(spans.table, *plain_spans(spans))
+    spans = SpanArgs(spans.table, spans.step, *plain_spans(spans))
     scaling = plain_scaling(scaling)
     work = plain_work(work)
     n_text_tiles = tl.cdiv(spans.n_text, BLOCK_I)

@@ -22,7 +22,7 @@ def fill_kernel(
     BLOCK_J: tl.constexpr,
 ):
     """BLOCK_I rows of one problem."""
-    spans = SpanArgs(spans.table, *plain_spans(spans))
+    spans = SpanArgs(spans.table, spans.step, *plain_spans(spans))
     n_tiles = tl.cdiv(n_r, BLOCK_I)
     i_problem = tl.program_id(0) // n_tiles
     i = (tl.program_id(0) % n_tiles) * BLOCK_I

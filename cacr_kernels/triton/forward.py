@@ -18,10 +18,10 @@ from .rows import LOW, rows_finish, rows_start, rows_update, side_scale, store_r
 
 @triton.jit(do_not_specialize=["loss", "stats", "n_heads"])
 def large_forward_kernel(
-    tt,  # Block: S_tt [B, H, T, T]
-    tv,  # Block: S_tv [B, H, T, R]
-    vt,  # Block: S_vt [B, H, R, T]
-    vv,  # Block: S_vv [B, H, R, R]
+    tt,  # BlockArg: S_tt [B, H, T, T]
+    tv,  # BlockArg: S_tv [B, H, T, R]
+    vt,  # BlockArg: S_vt [B, H, R, T]
+    vv,  # BlockArg: S_vv [B, H, R, R]
     spans,  # SpanArgs
     scaling,  # Scaling
     loss,  # float32 [B * H, tiles]: sums over the rows of a tile
@@ -38,7 +38,7 @@ def large_forward_kernel(
 ):
     """Loss and row numbers of one tile of rows of one side."""
     tt, tv, vt, vv = plain_blocks(tt, tv, vt, vv)
-    spans = SpanArgs(spans.table, *plain_spans(spans))
+    spans = SpanArgs(spans.table, spans.step, *plain_spans(spans))
     scaling = plain_scaling(scaling)
     work = plain_work(work)
     i_problem, is_text, i = row_tile(spans, BLOCK_I)

@@ -5,17 +5,26 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from ..problem import Options, Spans, block_limits
 from .configs import BUCKETS, INTERPRETER, WIDTHS, Plan
-from .kernel_args import Block, Scaling, SpanArgs, Work, odd
+from .kernel_args import BlockArg, Scaling, SpanArgs, Work, odd
 from .products import project_kernel
 from .table import scores_plan
+
+#: numbers of a load where all spans begin and end at multiples of it
+QUAD = 4
 
 
 def tiles(n: int, block: int) -> int:
     return -(-n // block)
+
+
+def in_quads(*numbers: int) -> bool:
+    """Whether tiles can be read and written four numbers at a time."""
+    return all(x % QUAD == 0 for x in numbers)
 
 
 def addressable(x: Tensor) -> bool:
@@ -29,11 +38,17 @@ class Problem:
     def __init__(self, inputs: list[Tensor], spans: Spans, options: Options) -> None:
         first = inputs[0]
         near = [x if addressable(x) else x.contiguous() for x in inputs]
-        self.blocks = [Block(x, *odd(*x.stride())) for x in (near * 4 if len(near) == 1 else near)]
         self.n_text, self.n_vision = spans.n_text, spans.n_vision
         limit_text, limit_vision, disjoint = block_limits(inputs)
-        starts = (spans.text_start, spans.n_text, spans.vision_start, spans.n_vision)
-        self.spans = SpanArgs(spans.table, *odd(*starts, limit_text, limit_vision, int(disjoint)))
+        bounds = (spans.text_start, spans.n_text, spans.vision_start, spans.n_vision, limit_text, limit_vision)
+        unit = all(x.stride(-1) == 1 for x in near)
+        strides = (s for x in near for s in x.stride()[:-1])
+        step = QUAD if spans.table is None and unit and in_quads(*bounds, *strides) else 1
+        self.blocks = [
+            BlockArg(x, tl.constexpr(step), *odd(*(s // step for s in x.stride()[:-1]), x.stride(-1)))
+            for x in (near * 4 if len(near) == 1 else near)
+        ]
+        self.spans = SpanArgs(spans.table, tl.constexpr(step), *odd(*(n // step for n in bounds), int(disjoint)))
         self.scaling = Scaling(
             float(options.projection_scale),
             *odd(int(options.projection_mean), int(options.row_mean), int(options.text), int(options.vision)),
@@ -49,7 +64,7 @@ class Problem:
         takes_whole = self.plan.takes_whole(self.kind, self.bucket, self.n_text, self.n_vision)
         #: what whole.py does (see Plan)
         self.whole = self.plan.whole if takes_whole and options.stop_gradient != "projection" else None
-        self.flags: dict[str, Any] = {"DOT": self.plan.dot, "UNIT": all(x.stride(-1) == 1 for x in near)}
+        self.flags: dict[str, Any] = {"DOT": self.plan.dot, "UNIT": unit}
 
     @property
     def empty(self) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import triton
+import triton.language as tl
 
 #: arguments that must not compile a kernel anew when they happen to be 1 or a multiple of 16 (in tuples: see odd)
 UNSPECIALIZED = ["grad_loss", "s_g_b", "s_g_h", "stats", "n_heads"]
@@ -24,8 +25,23 @@ def odd(*values: int) -> tuple[int, ...]:
     return tuple(2 * x + 3 for x in values)
 
 
+class BlockArg(NamedTuple):
+    """Kernel argument: one of the four blocks of attention [B, H, rows, columns], or queries or keys [B, H, N, D].
+
+    Strides in elements. ``step``, a constexpr, divides all of them but the last, and they are passed divided by it:
+    Triton knows of an int that it is a multiple of 16 or nothing, and loads numbers one by one then.
+    """
+
+    p: Any
+    step: Any
+    s_b: Any
+    s_h: Any
+    s_r: Any
+    s_c: Any
+
+
 class Block(NamedTuple):
-    """Kernel argument: one of the four blocks of attention, [B, H, rows, columns], strides in elements."""
+    """In a kernel: a BlockArg with its strides."""
 
     p: Any
     s_b: Any
@@ -37,10 +53,12 @@ class Block(NamedTuple):
 class SpanArgs(NamedTuple):
     """Kernel argument: the spans. ``table`` is int32 [B, 4] or None; with it the two lengths are upper bounds.
 
-    ``limit_*`` are the sizes which spans must not leave, ``disjoint`` is 1 when the two may not overlap.
+    ``limit_*`` are the sizes which spans must not leave, ``disjoint`` is 1 when the two may not overlap. ``step``, a
+    constexpr, divides all positions and lengths, and they are passed divided by it.
     """
 
     table: Any
+    step: Any
     text_start: Any
     n_text: Any
     vision_start: Any
@@ -111,20 +129,48 @@ def plain(x):
 
 
 @triton.jit
+def times(x, STEP: tl.constexpr):
+    """x STEP, a multiple of STEP to the compiler; in int64, as strides may not fit in int32."""
+    return x.to(tl.int64) * STEP if STEP > 1 else x
+
+
+@triton.jit
 def plain_block(block):
-    return Block(block.p, plain(block.s_b), plain(block.s_h), plain(block.s_r), plain(block.s_c))
+    """The Block of attention: all strides are odd numbers."""
+    return Block(
+        block.p,
+        times(plain(block.s_b), block.step),
+        times(plain(block.s_h), block.step),
+        times(plain(block.s_r), block.step),
+        plain(block.s_c),
+    )
+
+
+@triton.jit
+def plain_tokens(block):
+    """The Block of queries or keys: strides as they are, or odd numbers but for the last if they have a step."""
+    if block.step == 1:
+        return Block(block.p, block.s_b, block.s_h, block.s_r, block.s_c)
+    else:
+        return Block(
+            block.p,
+            times(plain(block.s_b), block.step),
+            times(plain(block.s_h), block.step),
+            times(plain(block.s_r), block.step),
+            block.s_c,
+        )
 
 
 @triton.jit
 def plain_spans(spans):
-    """The ints of SpanArgs; its table may be None, which Triton 3.6 cannot return from a function."""
+    """The ints of SpanArgs but for its step; its table may be None, which Triton 3.6 cannot return from a function."""
     return (
-        plain(spans.text_start),
-        plain(spans.n_text),
-        plain(spans.vision_start),
-        plain(spans.n_vision),
-        plain(spans.limit_text),
-        plain(spans.limit_vision),
+        plain(spans.text_start) * spans.step,
+        plain(spans.n_text) * spans.step,
+        plain(spans.vision_start) * spans.step,
+        plain(spans.n_vision) * spans.step,
+        plain(spans.limit_text) * spans.step,
+        plain(spans.limit_vision) * spans.step,
         plain(spans.disjoint),
     )
 

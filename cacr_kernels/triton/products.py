@@ -78,10 +78,10 @@ def row_softmax_numbers(
 
 @triton.jit(do_not_specialize=["stats", "n_heads"])
 def numbers_kernel(
-    tt,  # Block: S_tt [B, H, T, T]
-    tv,  # Block: S_tv [B, H, T, R]
-    vt,  # Block: S_vt [B, H, R, T]
-    vv,  # Block: S_vv [B, H, R, R]
+    tt,  # BlockArg: S_tt [B, H, T, T]
+    tv,  # BlockArg: S_tv [B, H, T, R]
+    vt,  # BlockArg: S_vt [B, H, R, T]
+    vv,  # BlockArg: S_vv [B, H, R, R]
     spans,  # SpanArgs
     stats,  # float32 [B * H, 8, T + R]
     n_heads,
@@ -92,7 +92,7 @@ def numbers_kernel(
 ):
     """Kind "softmax": maxima and sums of exp of one tile of rows, of its own and of its cross block."""
     tt, tv, vt, vv = plain_blocks(tt, tv, vt, vv)
-    spans = SpanArgs(spans.table, *plain_spans(spans))
+    spans = SpanArgs(spans.table, spans.step, *plain_spans(spans))
     i_problem, is_text, i = row_tile(spans, BLOCK_I)
     side = open_side(tt, tv, vt, vv, spans, stats, i_problem, n_heads, is_text)
     n_bound = tl.where(is_text, spans.n_text, spans.n_vision)
@@ -102,10 +102,10 @@ def numbers_kernel(
 
 @triton.jit(do_not_specialize=["stats", "n_heads", "is_text", "n_tiles_c", "n_tiles"])
 def project_kernel(
-    tt,  # Block: S_tt [B, H, T, T]
-    tv,  # Block: S_tv [B, H, T, R]
-    vt,  # Block: S_vt [B, H, R, T]
-    vv,  # Block: S_vv [B, H, R, R]
+    tt,  # BlockArg: S_tt [B, H, T, T]
+    tv,  # BlockArg: S_tv [B, H, T, R]
+    vt,  # BlockArg: S_vt [B, H, R, T]
+    vv,  # BlockArg: S_vv [B, H, R, R]
     spans,  # SpanArgs
     stats,  # float32 [B * H, 8, T + R]
     work,  # Work
@@ -122,7 +122,7 @@ def project_kernel(
 ):
     """Large spans: U = F S_bb [n_a, n_b] of one side, one tile a program."""
     tt, tv, vt, vv = plain_blocks(tt, tv, vt, vv)
-    spans = SpanArgs(spans.table, *plain_spans(spans))
+    spans = SpanArgs(spans.table, spans.step, *plain_spans(spans))
     work = plain_work(work)
     i_problem = tl.program_id(0) // n_tiles
     i_tile = tl.program_id(0) % n_tiles

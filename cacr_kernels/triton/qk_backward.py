@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .kernel_args import SpanArgs, plain_spans
+from .kernel_args import SpanArgs, plain_spans, plain_tokens
 from .qk_tiles import first_row, load_tokens, narrow, open_head, open_rows, operand, rows_dot
 from .rows import LOG2_E
 
@@ -101,9 +101,9 @@ def columns_step(
 
 @triton.jit(do_not_specialize=["s_gb", "s_gh", "n_tokens", "heads", "group", "tiles_text"])
 def qk_columns_kernel(
-    q,
-    k,
-    u_hi,
+    q,  # BlockArg [B, H, N, D]
+    k,  # BlockArg [B, Hk, N, D]
+    u_hi,  # [B, H, N, D]
     u_lo,
     u_exp,
     stats,
@@ -132,7 +132,9 @@ def qk_columns_kernel(
     PEEL: tl.constexpr,
 ):
     """BLOCK_N columns of one side: tiles are held transposed, [BLOCK_N, BLOCK_M]."""
-    spans = SpanArgs(spans.table, *plain_spans(spans))
+    spans = SpanArgs(spans.table, spans.step, *plain_spans(spans))
+    q = plain_tokens(q)
+    k = plain_tokens(k)
     i_bh = tl.program_id(0).to(tl.int64)
     i_tile = tl.program_id(1)
     i_b = i_bh // heads
@@ -236,9 +238,9 @@ def rows_step(
 
 @triton.jit(do_not_specialize=["s_gb", "s_gh", "n_tokens", "heads", "group", "tiles_text"])
 def qk_rows_kernel(
-    q,
-    k,
-    u_hi,
+    q,  # BlockArg [B, H, N, D]
+    k,  # BlockArg [B, Hk, N, D]
+    u_hi,  # [B, H, N, D]
     u_lo,
     u_exp,
     stats,
@@ -267,7 +269,9 @@ def qk_rows_kernel(
     PEEL: tl.constexpr,
 ):
     """BLOCK_M rows of one side."""
-    spans = SpanArgs(spans.table, *plain_spans(spans))
+    spans = SpanArgs(spans.table, spans.step, *plain_spans(spans))
+    q = plain_tokens(q)
+    k = plain_tokens(k)
     i_bh = tl.program_id(0).to(tl.int64)
     i_tile = tl.program_id(1)
     i_b = i_bh // heads

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .kernel_args import SpanArgs, plain_spans
+from .kernel_args import SpanArgs, plain_spans, plain_tokens
 from .qk_tiles import load_sum, narrow, open_head, open_rows, operand, rows_times_matrix, wide_dot
 
 
@@ -47,7 +47,7 @@ def fill_outside(
 
 @triton.jit(do_not_specialize=["n_tokens", "heads", "group", "tiles_text", "tiles"])
 def qk_finish_q_kernel(
-    k,  # Block [B, Hk, N, D]
+    k,  # BlockArg [B, Hk, N, D]
     du,  # float32 [B, H, N, D]
     dq,  # float32 [B, H, N, D]: dX^T U + c dY K_a
     products,  # float32 [B, H, 2, 3, D, D]: C, W, M
@@ -70,7 +70,8 @@ def qk_finish_q_kernel(
     UPCAST: tl.constexpr,
 ):
     """grad_q = dX^T U + c dY K_a + dU_a M_a^T + K_a dC_a for BLOCK_M rows of one side of one query head."""
-    spans = SpanArgs(spans.table, *plain_spans(spans))
+    spans = SpanArgs(spans.table, spans.step, *plain_spans(spans))
+    k = plain_tokens(k)
     i_bh = tl.program_id(0).to(tl.int64)
     i_tile = tl.program_id(1)
     i_b = i_bh // heads
@@ -107,8 +108,8 @@ def qk_finish_q_kernel(
 
 @triton.jit(do_not_specialize=["n_tokens", "key_heads", "group", "tiles_text", "tiles"])
 def qk_finish_k_kernel(
-    q,  # Block [B, H, N, D]
-    k,  # Block [B, Hk, N, D]
+    q,  # BlockArg [B, H, N, D]
+    k,  # BlockArg [B, Hk, N, D]
     dk,  # float32 [B, H, N, D]: c dY^T Q_a of every query head
     grad_cw,  # float32 [B, H, 2, 2, D, D]: dC, dW + dW^T
     out,  # [B, Hk, N, D] in k's dtype
@@ -130,7 +131,9 @@ def qk_finish_k_kernel(
     UPCAST: tl.constexpr,
 ):
     """grad_k = sum of c dY^T Q_a + Q_a dC_a^T + K_a (dW_a + dW_a^T) over the query heads of one key head, in order."""
-    spans = SpanArgs(spans.table, *plain_spans(spans))
+    spans = SpanArgs(spans.table, spans.step, *plain_spans(spans))
+    q = plain_tokens(q)
+    k = plain_tokens(k)
     i_bk = tl.program_id(0).to(tl.int64)
     i_tile = tl.program_id(1)
     i_b = i_bk // key_heads

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .kernel_args import SpanArgs, plain_spans
+from .kernel_args import SpanArgs, plain_spans, plain_tokens
 from .qk_tiles import first_row, load_tokens, open_head, open_rows, operand, rows_dot
 from .rows import rows_advance, rows_finish, rows_start, rows_update
 
@@ -61,8 +61,8 @@ def logits_tile(
 
 @triton.jit(do_not_specialize=["n_tokens", "heads", "group", "tiles_text"])
 def qk_forward_kernel(
-    q,  # Block [B, H, N, D]
-    k,  # Block [B, Hk, N, D]
+    q,  # BlockArg [B, H, N, D]
+    k,  # BlockArg [B, Hk, N, D]
     u_hi,  # [B, H, N, D]
     u_lo,
     u_exp,  # float32 [B, H, N]
@@ -87,7 +87,9 @@ def qk_forward_kernel(
 
     Fewer instructions a tile then, and more registers.
     """
-    spans = SpanArgs(spans.table, *plain_spans(spans))
+    spans = SpanArgs(spans.table, spans.step, *plain_spans(spans))
+    q = plain_tokens(q)
+    k = plain_tokens(k)
     i_bh = tl.program_id(0).to(tl.int64)
     i_tile = tl.program_id(1)
     i_b = i_bh // heads
@@ -161,7 +163,7 @@ def qk_loss_kernel(
     ROW_MEAN: tl.constexpr,
 ):
     """loss = sum over sides of the rows' KL, in a fixed order; NaN for an example with invalid spans."""
-    spans = SpanArgs(spans.table, *plain_spans(spans))
+    spans = SpanArgs(spans.table, spans.step, *plain_spans(spans))
     i_bh = tl.program_id(0).to(tl.int64)
     rows = spans.n_text + spans.n_vision
     _, n_text, n_vision, valid = open_rows(spans, i_bh // heads, True)

@@ -71,7 +71,7 @@ def bucket(d: int) -> int:
 _AMPERE_16 = {
     "forward": {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 2)},
     "rows": {32: (64, 64, 4, 2), 64: (64, 32, 4, 2), 128: (64, 64, 8, 1), 256: (32, 32, 8, 2)},
-    "columns": {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 32, 8, 2), 256: (32, 32, 8, 2)},
+    "columns": {32: (64, 64, 4, 2), 64: (32, 64, 4, 2), 128: (64, 32, 8, 2), 256: (32, 32, 8, 2)},
 }
 _AMPERE_32 = {
     "forward": {32: (64, 64, 8, 2), 64: (32, 64, 8, 1), 128: (32, 16, 8, 1)},
@@ -128,6 +128,8 @@ def launch(kernel: str, arch: int, dtype: torch.dtype, d: int) -> Launch:
     if arch == 0:
         return Launch(32, 32, 4, 1, "ieee", k=128, o=256, peel=True)
     rule = _rule(kernel, arch, dtype, bucket(d))
+    if kernel == "wide" and d % 16:
+        rule = rule._replace(k=16)  # fewer registers for masks
     key = configs.Key("qk", kernel, str(dtype).removeprefix("torch."), bucket(d))
     measured = configs.MEASURED.get(configs.family(arch), {}).get(key)
     return rule if measured is None else rule.replaced(measured)
@@ -141,7 +143,7 @@ def _rule(kernel: str, arch: int, dtype: torch.dtype, d: int) -> Launch:
     if kernel == "gram" and registers:
         return Launch(32, 16, 4, 2) if wide else Launch(32, 64, 4, 2)
     if kernel == "gram":
-        return Launch(64, 16, 4, 2) if wide else Launch(64, 64, 4, 3 if d <= 128 else 2)
+        return Launch(64, 16, 4, 2) if wide else Launch(64, 64, 4, 3) if d <= 128 else Launch(64, 32, 4, 2)
     if kernel == "mix":
         return Launch(32, 64 if d <= 64 else 32, 8, 1)
     if kernel == "tokens":

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from ..problem import Options, Spans
-from .kernel_args import Block, SpanArgs, odd
+from .kernel_args import BlockArg, SpanArgs, odd
 from .qk_forward import qk_loss_kernel
 from .qk_launch import Launch, block_d
 from .qk_wide import Factors, qk_wide_forward_kernel, qk_wide_gradient_kernel
@@ -39,7 +40,7 @@ class QKProblem:
         self.first_block = 0 if options.vision else 1
         self.n_blocks = options.text + options.vision
         bounds = (spans.text_start, spans.n_text, spans.vision_start, spans.n_vision)
-        self.span_args = SpanArgs(spans.table, *odd(*bounds, self.n, self.n, 1))
+        self.span_args = SpanArgs(spans.table, tl.constexpr(1), *odd(*bounds, self.n, self.n, 1))
 
     def launch(self, kernel: str) -> Launch:
         return qk_plan(kernel, self.q.device, self.arch, self.q.dtype, self.d)
@@ -82,9 +83,16 @@ def rows_addressable(x: Tensor) -> bool:
     return x.shape[-1] * x.stride(-1) < 2**31
 
 
-def block(x: Tensor) -> Block:
-    """Strides as they are: columns next to each other and rows of whole 16 numbers are worth a kernel of their own."""
-    return Block(x, *x.stride())
+def tokens(x: Tensor) -> BlockArg:
+    """x [B, H, N, D] for a kernel: how many numbers at a time can be read follows from the strides."""
+    *strides, last = x.stride()
+    step = 16 // x.element_size()
+    while step > 1 and (last != 1 or any(stride % step for stride in strides)):
+        step //= 2
+    if step == 1 or all(stride % 16 == 0 for stride in strides):
+        return BlockArg(x, tl.constexpr(1), *x.stride())
+    s_b, s_h, s_r = odd(*(stride // step for stride in strides))
+    return BlockArg(x, tl.constexpr(step), s_b, s_h, s_r, last)
 
 
 def wide_forward(problem: QKProblem, factors: Factors, stats: Tensor, compact: bool) -> None:
@@ -92,8 +100,8 @@ def wide_forward(problem: QKProblem, factors: Factors, stats: Tensor, compact: b
     p, tile = problem, problem.launch("wide")
     tiles_text, tiles = p.tiles(tile.m)
     qk_wide_forward_kernel[(p.batch * p.heads, tiles)](
-        block(p.q),
-        block(p.k),
+        tokens(p.q),
+        tokens(p.k),
         factors,
         stats,
         p.span_args,
@@ -129,8 +137,8 @@ def wide_gradient(
     tiles_text, tiles = p.tiles(tile.m)
     width = max(p.spans.n_text, p.spans.n_vision, p.d) if compact else p.d
     qk_wide_gradient_kernel[(p.batch * p.heads, tiles, triton.cdiv(width, tile.o))](
-        block(p.q),
-        block(p.k),
+        tokens(p.q),
+        tokens(p.k),
         factors,
         stats,
         grad_loss,

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .kernel_args import SpanArgs, plain_spans
+from .kernel_args import SpanArgs, plain_spans, plain_tokens
 from .qk_tiles import load_sum, narrow, open_head, open_rows, operand, rows_times_matrix, wide_dot
 from .rows import LOG2_E
 
@@ -31,8 +31,8 @@ def gram_dot(b_x, b_y, acc, PRECISION: tl.constexpr):
 
 @triton.jit(do_not_specialize=["heads", "group", "chunks", "chunk_tokens", "matrices", "first_block"])
 def qk_gram_kernel(
-    x,  # Block [B, Hx, N, D]
-    y,  # Block [B, H, N, D], of x's dtype or float32
+    x,  # BlockArg [B, Hx, N, D]
+    y,  # BlockArg [B, H, N, D], of x's dtype or float32
     out,  # float32 [B, H, 2, matrices, D, D]: written, those of chunk after chunk
     spans,  # SpanArgs
     heads,
@@ -49,7 +49,9 @@ def qk_gram_kernel(
     UPCAST: tl.constexpr,
 ):
     """X^T Y (and X^T X) over one chunk of one span's tokens, for one [BLOCK_E, BLOCK_E] tile of the result."""
-    spans = SpanArgs(spans.table, *plain_spans(spans))
+    spans = SpanArgs(spans.table, spans.step, *plain_spans(spans))
+    x = plain_tokens(x)
+    y = plain_tokens(y)
     i_bh = tl.program_id(0).to(tl.int64)
     i_block = first_block + tl.program_id(1) // chunks
     i_chunk = tl.program_id(1) % chunks
@@ -106,7 +108,7 @@ def qk_mix_kernel(
     PRECISION: tl.constexpr,
 ):
     """C, W and M = alpha C W for BLOCK_M rows of one head and block."""
-    spans = SpanArgs(spans.table, *plain_spans(spans))
+    spans = SpanArgs(spans.table, spans.step, *plain_spans(spans))
     i_bh = tl.program_id(0).to(tl.int64)
     i_block = first_block + tl.program_id(1)
     o_m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -143,7 +145,7 @@ def projection_factor(alpha, n_inner, MEAN: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n_tokens", "heads", "tiles_text"])
 def qk_project_kernel(
-    q,  # Block [B, H, N, D]
+    q,  # BlockArg [B, H, N, D]
     products,  # float32 [B, H, 2, 3, D, D]
     u_hi,  # [B, H, N, D] in q's dtype: U log2(e), rounded, by absolute position
     u_lo,  # the same: the remainder (PAIR)
@@ -162,7 +164,8 @@ def qk_project_kernel(
     UPCAST: tl.constexpr,
 ):
     """log2(e) U = log2(e) Q_a M_a for BLOCK_M rows of one side, in q's dtype: a hi + lo pair if that has 16 bits."""
-    spans = SpanArgs(spans.table, *plain_spans(spans))
+    spans = SpanArgs(spans.table, spans.step, *plain_spans(spans))
+    q = plain_tokens(q)
     i_bh = tl.program_id(0).to(tl.int64)
     i_tile = tl.program_id(1)
     i_b = i_bh // heads
@@ -217,7 +220,7 @@ def qk_chain_kernel(
     PRECISION: tl.constexpr,
 ):
     """dC_b = alpha dM_a W_b and dW_b + dW_b^T = alpha (C_b^T dM_a + dM_a^T C_b), for BLOCK_M rows of one block."""
-    spans = SpanArgs(spans.table, *plain_spans(spans))
+    spans = SpanArgs(spans.table, spans.step, *plain_spans(spans))
     i_bh = tl.program_id(0).to(tl.int64)
     i_block = first_block + tl.program_id(1)
     o_m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)

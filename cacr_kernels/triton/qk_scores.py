@@ -11,7 +11,7 @@ from .qk_backward import qk_columns_kernel, qk_rows_kernel
 from .qk_finish import qk_finish_k_kernel, qk_finish_q_kernel
 from .qk_forward import qk_forward_kernel
 from .qk_launch import gram_chunks
-from .qk_problem import LOG2_E, QKProblem, block, reduce_rows, wide_forward, wide_gradient
+from .qk_problem import LOG2_E, QKProblem, reduce_rows, tokens, wide_forward, wide_gradient
 from .qk_products import qk_chain_kernel, qk_gram_kernel, qk_mix_kernel, qk_project_kernel
 from .qk_wide import Factors
 
@@ -32,8 +32,8 @@ def gram(
     if out is None or chunks > 1:
         out = p.float32(p.batch, p.heads, 2, 2 * chunks if square else chunks, p.d, p.d)
     qk_gram_kernel[(p.batch * p.heads, p.n_blocks * chunks, tiles)](
-        block(x),
-        block(y),
+        tokens(x),
+        tokens(y),
         out,
         p.span_args,
         p.heads,
@@ -88,7 +88,7 @@ def project(problem: QKProblem, products: Tensor) -> tuple[Tensor, Tensor | None
     u_exp = p.float32(p.batch, p.heads, p.n) if p.scaled else None
     tiles_text, tiles = p.tiles(tile.m)
     qk_project_kernel[(p.batch * p.heads, tiles)](
-        block(p.q),
+        tokens(p.q),
         products,
         u_hi,
         u_lo,
@@ -126,8 +126,8 @@ def scores_qk_forward(
         tile = p.launch("forward")
         tiles_text, tiles = p.tiles(tile.m)
         qk_forward_kernel[(p.batch * p.heads, tiles)](
-            block(p.q),
-            block(p.k),
+            tokens(p.q),
+            tokens(p.k),
             u_hi,
             u_lo,
             u_exp,
@@ -190,8 +190,8 @@ def _tile_gradients(
         tile = p.launch(name)
         tiles_text, tiles = p.tiles(tile.n if name == "columns" else tile.m)
         kernel[(p.batch * p.heads, tiles)](
-            block(p.q),
-            block(p.k),
+            tokens(p.q),
+            tokens(p.k),
             *u,
             stats,
             grad_loss,
@@ -269,7 +269,7 @@ def finish(
     }
     tiles_text, tiles, launched = p.finish_tiles(tile.m)
     qk_finish_q_kernel[(p.batch * p.heads, launched)](
-        block(p.k),
+        tokens(p.k),
         du,
         dq,
         products,
@@ -284,8 +284,8 @@ def finish(
         **flags,
     )
     qk_finish_k_kernel[(p.batch * p.key_heads, launched)](
-        block(p.q),
-        block(p.k),
+        tokens(p.q),
+        tokens(p.k),
         dk,
         grad_cw,
         grad_k,

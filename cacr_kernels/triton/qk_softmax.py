@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..problem import ROW_NUMBERS, Options, Spans
 from .qk_finish import qk_finish_k_kernel, qk_finish_q_kernel
-from .qk_problem import LOG2_E, QKProblem, block, reduce_rows, wide_forward, wide_gradient
+from .qk_problem import LOG2_E, QKProblem, reduce_rows, tokens, wide_forward, wide_gradient
 from .qk_softmax_backward import (
     qk_cross_gradient_kernel,
     qk_cross_scores_kernel,
@@ -59,8 +59,8 @@ class _Softmax(QKProblem):
         text = triton.cdiv(self.spans.n_text, self.tile.m)
         tiles = text + triton.cdiv(self.spans.n_vision, self.tile.m)
         qk_numbers_kernel[self.grid(tiles, 2)](
-            block(self.q),
-            block(self.k),
+            tokens(self.q),
+            tokens(self.k),
             stats,
             self.span_args,
             self.heads,
@@ -75,8 +75,8 @@ class _Softmax(QKProblem):
         p, u = self.compact(), self.compact()
         text, tiles = self.tiles(self.tile.m)
         qk_probabilities_kernel[self.grid(tiles, self.columns())](
-            block(self.q),
-            block(self.k),
+            tokens(self.q),
+            tokens(self.k),
             stats,
             p,
             self.span_args,
@@ -93,8 +93,8 @@ class _Softmax(QKProblem):
         """out = factor x P_bb, or factor x P_bb^T."""
         text, tiles = self.tiles(self.tile.m)
         qk_mixed_kernel[self.grid(tiles, self.columns())](
-            block(self.q),
-            block(self.k),
+            tokens(self.q),
+            tokens(self.k),
             stats,
             x,
             out,
@@ -158,7 +158,7 @@ def _through_softmax(
     for columns, x, out in ((False, p.k, dq), (True, p.q, dk)):
         first, count = (inner_text, inner_tiles) if columns else (text, tiles)
         qk_cross_gradient_kernel[p.grid(count, outputs)](
-            block(x),
+            tokens(x),
             z,
             out,
             p.span_args,
@@ -174,8 +174,8 @@ def _through_softmax(
             **sizes,
         )
         qk_inner_gradient_kernel[p.grid(inner_tiles, outputs)](
-            block(p.q),
-            block(p.k),
+            tokens(p.q),
+            tokens(p.k),
             stats,
             cross,
             v,
@@ -214,9 +214,9 @@ def _round(p: _Softmax, dq: Tensor, dk: Tensor) -> list[Tensor]:
     }
     *tiles, launched = p.finish_tiles(tile.m)
     qk_finish_q_kernel[(p.batch * p.heads, launched)](
-        block(p.k), None, dq, None, None, grad_q, p.span_args, p.n, p.heads, p.group, *tiles, **flags
+        tokens(p.k), None, dq, None, None, grad_q, p.span_args, p.n, p.heads, p.group, *tiles, **flags
     )
     qk_finish_k_kernel[(p.batch * p.key_heads, launched)](
-        block(p.q), block(p.k), dk, None, grad_k, p.span_args, p.n, p.key_heads, p.group, *tiles, GRAD_Y=True, **flags
+        tokens(p.q), tokens(p.k), dk, None, grad_k, p.span_args, p.n, p.key_heads, p.group, *tiles, GRAD_Y=True, **flags
     )
     return [grad_q, grad_k]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .kernel_args import SpanArgs, plain_spans
+from .kernel_args import SpanArgs, plain_spans, plain_tokens
 from .qk_products import projection_factor
 from .qk_softmax_forward import probabilities, row_softmax_numbers
 from .qk_tiles import chunked_product, open_head, open_rows
@@ -31,7 +31,7 @@ def qk_inner_sums_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """r_k = sum_i P_ab[i, k] W[i, k] for BLOCK_M tokens k of block b."""
-    spans = SpanArgs(spans.table, *plain_spans(spans))
+    spans = SpanArgs(spans.table, spans.step, *plain_spans(spans))
     i_bh = tl.program_id(0).to(tl.int64)
     i_tile = tl.program_id(1)
     b_is_text = i_tile < tiles_text
@@ -62,7 +62,7 @@ def qk_cross_scores_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """dS_ab = P_ab o (dP_ab - rowsum(P_ab o dP_ab)) with dP_ab = W + Z, for BLOCK_M rows."""
-    spans = SpanArgs(spans.table, *plain_spans(spans))
+    spans = SpanArgs(spans.table, spans.step, *plain_spans(spans))
     i_bh = tl.program_id(0).to(tl.int64)
     i_tile = tl.program_id(1)
     is_text = i_tile < tiles_text
@@ -89,7 +89,7 @@ def qk_cross_scores_kernel(
 
 @triton.jit(do_not_specialize=["n_tokens", "heads", "group", "tiles_text"])
 def qk_cross_gradient_kernel(
-    x,  # Block [B, H or Hk, N, D]: k for rows, q for COLUMNS
+    x,  # BlockArg [B, H or Hk, N, D]: k for rows, q for COLUMNS
     ds,  # float32 [B, H, 2 T R], compact: dS_ab
     out,  # float32 [B, H, N, D]: dq (rows) or dk (COLUMNS), added to
     spans,  # SpanArgs
@@ -106,7 +106,8 @@ def qk_cross_gradient_kernel(
     PRECISION: tl.constexpr,
 ):
     """dq_a += c dS_ab K_b, or dk_b += c dS_ab^T Q_a: tiles count the tokens that are written."""
-    spans = SpanArgs(spans.table, *plain_spans(spans))
+    spans = SpanArgs(spans.table, spans.step, *plain_spans(spans))
+    x = plain_tokens(x)
     i_bh = tl.program_id(0).to(tl.int64)
     i_tile = tl.program_id(1)
     i_b = i_bh // heads
@@ -141,8 +142,8 @@ def qk_cross_gradient_kernel(
 
 @triton.jit(do_not_specialize=["n_tokens", "heads", "group", "tiles_text"])
 def qk_inner_gradient_kernel(
-    q,  # Block [B, H, N, D]
-    k,  # Block [B, Hk, N, D]
+    q,  # BlockArg [B, H, N, D]
+    k,  # BlockArg [B, Hk, N, D]
     stats,
     p,  # float32 [B, H, 2 T R], compact: P_ab
     v,  # V / s
@@ -166,7 +167,9 @@ def qk_inner_gradient_kernel(
     UPCAST: tl.constexpr,
 ):
     """dq_b += c dS_bb K_b, or dk_b += c dS_bb^T Q_b, with dS_bb = P_bb o (P_ab^T V - r) recomputed tile by tile."""
-    spans = SpanArgs(spans.table, *plain_spans(spans))
+    spans = SpanArgs(spans.table, spans.step, *plain_spans(spans))
+    q = plain_tokens(q)
+    k = plain_tokens(k)
     i_bh = tl.program_id(0).to(tl.int64)
     i_tile = tl.program_id(1)
     i_b = i_bh // heads

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .kernel_args import SpanArgs, plain_spans
+from .kernel_args import SpanArgs, plain_spans, plain_tokens
 from .qk_products import projection_factor
 from .qk_tiles import chunked_product, open_head, open_rows
 from .qk_wide import open_factor
@@ -38,8 +38,8 @@ def probabilities(b_s, numbers, s_n, o_r, mask_r, AXIS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["heads", "group", "tiles_text"])
 def qk_numbers_kernel(
-    q,  # Block [B, H, N, D]
-    k,  # Block [B, Hk, N, D]
+    q,  # BlockArg [B, H, N, D]
+    k,  # BlockArg [B, Hk, N, D]
     stats,  # float32 [B, H, 8, n_text + n_vision]: numbers 2, 3 (S_aa) and 6, 7 (S_ab) are written
     spans,  # SpanArgs
     heads,
@@ -54,7 +54,9 @@ def qk_numbers_kernel(
     UPCAST: tl.constexpr,
 ):
     """Maximum and sum of exp of BLOCK_M rows of S_ab (third grid index 0) or S_aa (1); zeros beyond the span."""
-    spans = SpanArgs(spans.table, *plain_spans(spans))
+    spans = SpanArgs(spans.table, spans.step, *plain_spans(spans))
+    q = plain_tokens(q)
+    k = plain_tokens(k)
     i_bh = tl.program_id(0).to(tl.int64)
     i_tile = tl.program_id(1)
     own = tl.program_id(2) == 1
@@ -90,8 +92,8 @@ def qk_numbers_kernel(
 
 @triton.jit(do_not_specialize=["heads", "group", "tiles_text"])
 def qk_probabilities_kernel(
-    q,
-    k,
+    q,  # BlockArg [B, H, N, D]
+    k,  # BlockArg [B, Hk, N, D]
     stats,
     out,  # float32 [B, H, 2 T R], compact: P_ab
     spans,  # SpanArgs
@@ -107,7 +109,9 @@ def qk_probabilities_kernel(
     UPCAST: tl.constexpr,
 ):
     """One tile of P_ab."""
-    spans = SpanArgs(spans.table, *plain_spans(spans))
+    spans = SpanArgs(spans.table, spans.step, *plain_spans(spans))
+    q = plain_tokens(q)
+    k = plain_tokens(k)
     i_bh = tl.program_id(0).to(tl.int64)
     i_tile = tl.program_id(1)
     i_b = i_bh // heads
@@ -132,8 +136,8 @@ def qk_probabilities_kernel(
 
 @triton.jit(do_not_specialize=["heads", "group", "tiles_text"])
 def qk_mixed_kernel(
-    q,
-    k,
+    q,  # BlockArg [B, H, N, D]
+    k,  # BlockArg [B, Hk, N, D]
     stats,
     x,  # float32 [B, H, 2 T R], compact: A [n_a, n_b]
     out,  # the same layout: written
@@ -153,7 +157,9 @@ def qk_mixed_kernel(
     UPCAST: tl.constexpr,
 ):
     """factor A P_bb, or factor A P_bb^T if TRANSPOSED: one tile, P_bb recomputed from q and k."""
-    spans = SpanArgs(spans.table, *plain_spans(spans))
+    spans = SpanArgs(spans.table, spans.step, *plain_spans(spans))
+    q = plain_tokens(q)
+    k = plain_tokens(k)
     i_bh = tl.program_id(0).to(tl.int64)
     i_tile = tl.program_id(1)
     i_b = i_bh // heads

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .kernel_args import SpanArgs, plain_spans
+from .kernel_args import SpanArgs, plain_spans, plain_tokens
 from .qk_backward import load_rows, row_weight, tile_gradients
 from .qk_forward import store_rows
 from .qk_tiles import chunked_product, open_head, open_rows
@@ -59,8 +59,8 @@ def open_outer(f, q, p_q, spans, i_bh, is_text, n_b, D: tl.constexpr, COMPACT: t
 
 @triton.jit(do_not_specialize=["n_tokens", "heads", "group", "tiles_text"])
 def qk_wide_forward_kernel(
-    q,  # Block [B, H, N, D]
-    k,  # Block [B, Hk, N, D]
+    q,  # BlockArg [B, H, N, D]
+    k,  # BlockArg [B, Hk, N, D]
     factors,  # Factors: u carries log2(e)
     stats,  # float32 [B, H, 8, n_text + n_vision]
     spans,  # SpanArgs
@@ -78,7 +78,9 @@ def qk_wide_forward_kernel(
     UPCAST: tl.constexpr,
 ):
     """The six numbers of BLOCK_M rows of one side."""
-    spans = SpanArgs(spans.table, *plain_spans(spans))
+    spans = SpanArgs(spans.table, spans.step, *plain_spans(spans))
+    q = plain_tokens(q)
+    k = plain_tokens(k)
     i_bh = tl.program_id(0).to(tl.int64)
     i_tile = tl.program_id(1)
     i_b = i_bh // heads
@@ -113,8 +115,8 @@ def qk_wide_forward_kernel(
 
 @triton.jit(do_not_specialize=["s_gb", "s_gh", "n_tokens", "heads", "group", "tiles_text"])
 def qk_wide_gradient_kernel(
-    q,
-    k,
+    q,  # BlockArg [B, H, N, D]
+    k,  # BlockArg [B, Hk, N, D]
     factors,  # Factors; columns write df = ln2 dX^T (u log2(e)), rows write du = dX F
     stats,
     grad,  # [B, H]
@@ -145,7 +147,9 @@ def qk_wide_gradient_kernel(
 
     Tiles of COLUMNS are held transposed, so that either way the outputs are tile times [BLOCK_N, BLOCK_O].
     """
-    spans = SpanArgs(spans.table, *plain_spans(spans))
+    spans = SpanArgs(spans.table, spans.step, *plain_spans(spans))
+    q = plain_tokens(q)
+    k = plain_tokens(k)
     i_bh = tl.program_id(0).to(tl.int64)
     i_tile = tl.program_id(1)
     i_b = i_bh // heads

@@ -82,10 +82,10 @@ def compare_rows(
 
 @triton.jit(do_not_specialize=["loss", "stats", "n_heads"])
 def small_forward_kernel(
-    tt,  # Block: S_tt [B, H, T, T]
-    tv,  # Block: S_tv [B, H, T, R]
-    vt,  # Block: S_vt [B, H, R, T]
-    vv,  # Block: S_vv [B, H, R, R]
+    tt,  # BlockArg: S_tt [B, H, T, T]
+    tv,  # BlockArg: S_tv [B, H, T, R]
+    vt,  # BlockArg: S_vt [B, H, R, T]
+    vv,  # BlockArg: S_vv [B, H, R, R]
     spans,  # SpanArgs
     scaling,  # Scaling
     loss,  # float32 [B * H, tiles]: sums over the rows of a tile
@@ -106,7 +106,7 @@ def small_forward_kernel(
     C_R: tl.constexpr = chunk(BLOCK_C, KIND, BLOCK_R, BLOCK_T)
     K: tl.constexpr = chunk(BLOCK_K, KIND)
     tt, tv, vt, vv = plain_blocks(tt, tv, vt, vv)
-    spans = SpanArgs(spans.table, *plain_spans(spans))
+    spans = SpanArgs(spans.table, spans.step, *plain_spans(spans))
     scaling = plain_scaling(scaling)
     i_problem, is_text, i = row_tile(spans, BLOCK_I)
     side = open_side(tt, tv, vt, vv, spans, stats, i_problem, n_heads, is_text)

@@ -50,10 +50,10 @@ def rows_tile(
 
 @triton.jit(do_not_specialize=[*UNSPECIALIZED, "grad_tt", "grad_vv"])
 def small_rows_kernel(
-    tt,  # Block: S_tt [B, H, T, T]
-    tv,  # Block: S_tv [B, H, T, R]
-    vt,  # Block: S_vt [B, H, R, T]
-    vv,  # Block: S_vv [B, H, R, R]
+    tt,  # BlockArg: S_tt [B, H, T, T]
+    tv,  # BlockArg: S_tv [B, H, T, R]
+    vt,  # BlockArg: S_vt [B, H, R, T]
+    vv,  # BlockArg: S_vv [B, H, R, R]
     spans,  # SpanArgs
     scaling,  # Scaling
     grad_loss,  # [B, H]
@@ -80,7 +80,7 @@ def small_rows_kernel(
     C_R: tl.constexpr = chunk(BLOCK_C, KIND, BLOCK_R, BLOCK_T)
     K: tl.constexpr = chunk(BLOCK_K, KIND)
     tt, tv, vt, vv = plain_blocks(tt, tv, vt, vv)
-    spans = SpanArgs(spans.table, *plain_spans(spans))
+    spans = SpanArgs(spans.table, spans.step, *plain_spans(spans))
     scaling = plain_scaling(scaling)
     work = plain_work(work)
     i_problem, is_text, i = row_tile(spans, BLOCK_I)
@@ -128,10 +128,10 @@ def cross_tile(
 
 @triton.jit(do_not_specialize=[*UNSPECIALIZED, "grad_tv", "grad_vt"])
 def small_cross_kernel(
-    tt,  # Block: S_tt [B, H, T, T]
-    tv,  # Block: S_tv [B, H, T, R]
-    vt,  # Block: S_vt [B, H, R, T]
-    vv,  # Block: S_vv [B, H, R, R]
+    tt,  # BlockArg: S_tt [B, H, T, T]
+    tv,  # BlockArg: S_tv [B, H, T, R]
+    vt,  # BlockArg: S_vt [B, H, R, T]
+    vv,  # BlockArg: S_vv [B, H, R, R]
     spans,  # SpanArgs
     scaling,  # Scaling
     stats,  # float32 [B * H, 8, T + R]
@@ -152,7 +152,7 @@ def small_cross_kernel(
     C: tl.constexpr = chunk(BLOCK_C, KIND)
     K: tl.constexpr = chunk(BLOCK_K, KIND)
     tt, tv, vt, vv = plain_blocks(tt, tv, vt, vv)
-    spans = SpanArgs(spans.table, *plain_spans(spans))
+    spans = SpanArgs(spans.table, spans.step, *plain_spans(spans))
     scaling = plain_scaling(scaling)
     work = plain_work(work)
     i_problem, is_text, i = row_tile(spans, BLOCK_I)
@@ -201,10 +201,10 @@ def own_tile(
 
 @triton.jit(do_not_specialize=[*UNSPECIALIZED, "grad_tt", "grad_vv"])
 def small_own_kernel(
-    tt,  # Block: S_tt [B, H, T, T]
-    tv,  # Block: S_tv [B, H, T, R]
-    vt,  # Block: S_vt [B, H, R, T]
-    vv,  # Block: S_vv [B, H, R, R]
+    tt,  # BlockArg: S_tt [B, H, T, T]
+    tv,  # BlockArg: S_tv [B, H, T, R]
+    vt,  # BlockArg: S_vt [B, H, R, T]
+    vv,  # BlockArg: S_vv [B, H, R, R]
     spans,  # SpanArgs
     scaling,  # Scaling
     grad_loss,  # [B, H]
@@ -230,7 +230,7 @@ def small_own_kernel(
     C_R: tl.constexpr = chunk(BLOCK_C, KIND, BLOCK_R, BLOCK_T)
     K: tl.constexpr = chunk(BLOCK_K, KIND)
     tt, tv, vt, vv = plain_blocks(tt, tv, vt, vv)
-    spans = SpanArgs(spans.table, *plain_spans(spans))
+    spans = SpanArgs(spans.table, spans.step, *plain_spans(spans))
     scaling = plain_scaling(scaling)
     work = plain_work(work)
     i_problem, is_text, i = row_tile(spans, BLOCK_I)

@@ -108,10 +108,10 @@ def forward_side(
 
 @triton.jit(do_not_specialize=["loss", "stats", "n_heads"])
 def whole_forward_kernel(
-    tt,  # Block: S_tt [B, H, T, T]
-    tv,  # Block: S_tv [B, H, T, R]
-    vt,  # Block: S_vt [B, H, R, T]
-    vv,  # Block: S_vv [B, H, R, R]
+    tt,  # BlockArg: S_tt [B, H, T, T]
+    tv,  # BlockArg: S_tv [B, H, T, R]
+    vt,  # BlockArg: S_vt [B, H, R, T]
+    vv,  # BlockArg: S_vv [B, H, R, R]
     spans,  # SpanArgs
     scaling,  # Scaling
     loss,  # float32 [B * H, 2]: sums over the rows of text, of vision
@@ -126,7 +126,7 @@ def whole_forward_kernel(
 ):
     """Loss and row numbers of one side of one problem."""
     tt, tv, vt, vv = plain_blocks(tt, tv, vt, vv)
-    spans = SpanArgs(spans.table, *plain_spans(spans))
+    spans = SpanArgs(spans.table, spans.step, *plain_spans(spans))
     scaling = plain_scaling(scaling)
     i_problem = tl.program_id(0) // 2
     is_text = tl.program_id(0) % 2 == 0
@@ -163,10 +163,10 @@ def rows_side(
 
 @triton.jit(do_not_specialize=[*UNSPECIALIZED, "grad_tt", "grad_vv"])
 def whole_rows_kernel(
-    tt,  # Block: S_tt [B, H, T, T]
-    tv,  # Block: S_tv [B, H, T, R]
-    vt,  # Block: S_vt [B, H, R, T]
-    vv,  # Block: S_vv [B, H, R, R]
+    tt,  # BlockArg: S_tt [B, H, T, T]
+    tv,  # BlockArg: S_tv [B, H, T, R]
+    vt,  # BlockArg: S_vt [B, H, R, T]
+    vv,  # BlockArg: S_vv [B, H, R, R]
     spans,  # SpanArgs
     scaling,  # Scaling
     grad_loss,  # [B, H]
@@ -187,7 +187,7 @@ def whole_rows_kernel(
 ):
     """G and dY of one tile of rows of one side."""
     tt, tv, vt, vv = plain_blocks(tt, tv, vt, vv)
-    spans = SpanArgs(spans.table, *plain_spans(spans))
+    spans = SpanArgs(spans.table, spans.step, *plain_spans(spans))
     scaling = plain_scaling(scaling)
     work = plain_work(work)
     i_problem, is_text, i = row_tile(spans, BLOCK_I)
@@ -237,10 +237,10 @@ def backward_side(
 
 @triton.jit(do_not_specialize=[*UNSPECIALIZED, "grad_tv", "grad_vt"])
 def whole_backward_kernel(
-    tt,  # Block: S_tt [B, H, T, T]
-    tv,  # Block: S_tv [B, H, T, R]
-    vt,  # Block: S_vt [B, H, R, T]
-    vv,  # Block: S_vv [B, H, R, R]
+    tt,  # BlockArg: S_tt [B, H, T, T]
+    tv,  # BlockArg: S_tv [B, H, T, R]
+    vt,  # BlockArg: S_vt [B, H, R, T]
+    vv,  # BlockArg: S_vv [B, H, R, R]
     spans,  # SpanArgs
     scaling,  # Scaling
     grad_loss,  # [B, H]
@@ -260,7 +260,7 @@ def whole_backward_kernel(
 ):
     """dS_ab of one side of one problem, and what its own kernel needs."""
     tt, tv, vt, vv = plain_blocks(tt, tv, vt, vv)
-    spans = SpanArgs(spans.table, *plain_spans(spans))
+    spans = SpanArgs(spans.table, spans.step, *plain_spans(spans))
     scaling = plain_scaling(scaling)
     work = plain_work(work)
     i_problem = tl.program_id(0) // 2

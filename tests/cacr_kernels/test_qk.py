@@ -115,9 +115,35 @@ def test_at_most_twice_the_error_of_the_closed_form(device_of_triton, kind, d, s
     assert kernel.gradient <= 2 * eager.gradient + least
 
 
-@pytest.mark.parametrize("d", [32, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("d", [5, 6, 20, 32, 64, 80, 96, 128, 256])
 def test_head_sizes(kernel, device, d):
     check(kernel, *make_qk(31, d, device=device, std=0.7), 17)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("d", [40, 72])
+def test_head_sizes_whose_strides_are_no_multiples_of_16(kernel, device, d, kind):
+    shape = {"batch": 2, "heads": 2, "key_heads": 1, "device": device, "std": 0.7}
+    check(kernel, *make_qk(31, d, **shape), 17, kind=kind)
+
+
+def test_strides_are_passed_with_what_divides_them():
+    from cacr_kernels.triton.qk_problem import tokens
+
+    def step(x):
+        found = tokens(x)
+        scale = found.step.value
+        strides = [stride if scale == 1 else (stride - 3) // 2 * scale for stride in found[2:5]]
+        assert (*strides, found.s_c) == x.stride()
+        return scale
+
+    halves = partial(torch.empty, dtype=torch.float16)
+    assert step(halves(2, 3, 7, 64)) == 1  # multiples of 16, as Triton sees by itself
+    assert [step(halves(2, 3, 7, d)) for d in (72, 40, 20, 6, 5)] == [8, 8, 4, 2, 1]
+    assert [step(torch.empty(2, 3, 7, d)) for d in (72, 20, 6, 5)] == [4, 4, 2, 1]
+    assert step(halves(2, 7, 3, 72).transpose(1, 2)) == 8
+    assert step(halves(2, 1, 7, 72).expand(2, 3, 7, 72)) == 8
+    assert step(halves(2, 3, 7, 144)[..., ::2]) == 1  # columns apart
 
 
 @pytest.mark.parametrize("kind", KINDS)

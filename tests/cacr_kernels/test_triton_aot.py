@@ -25,9 +25,10 @@ from cacr_kernels.triton import aot, host, qk_backward, qk_forward, scores_backw
 
 found = defaultdict(set)
 plans = [replace(host.INTERPRETER, whole=whole) for whole in (None, "sides", "logits")]
-for start, t, r in ((0, 1, 1), (1, 1, 16), (1, 16, 47), (2, 48, 63), (16, 17, 1), (0, 32, 64)):
+for start, t, r in ((0, 1, 1), (1, 1, 16), (1, 16, 47), (2, 48, 63), (16, 17, 1), (0, 32, 64), (4, 60, 100), (0, 8, 4)):
     for ragged in (False, True):
         n = start + t + r
+        quads = not ragged and all(x % 4 == 0 for x in (start, t, r))
         for batch, heads in ((1, 1), (2, 16)):
             meta = dict(device="meta")
             table = torch.empty(batch, 4, dtype=torch.int32, **meta) if ragged else None
@@ -44,8 +45,8 @@ for start, t, r in ((0, 1, 1), (1, 1, 16), (1, 16, 47), (2, 48, 63), (16, 17, 1)
             for kernel, args, kwargs in recorded:
                 _, signature, constants, attributes = aot.as_launched(kernel, args, kwargs, 90)
                 flags = str(sorted((name, v) for name, v in kwargs.items() if v is not None))
-                found[kernel.fn.__name__, ragged, flags].add(str((signature, constants, attributes)))
-for (name, ragged, _), signatures in found.items():
+                found[kernel.fn.__name__, ragged, quads, flags].add(str((signature, constants, attributes)))
+for (name, *_), signatures in found.items():
     print(name, len(signatures))
 """
 OLDEST = ROOT / ".cache" / "triton-3.6"

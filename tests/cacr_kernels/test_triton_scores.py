@@ -241,6 +241,40 @@ def test_memory_layouts_agree(path):
         assert again_gradients[0].is_contiguous()
 
 
+@pytest.mark.parametrize(("kind", "dtype"), [("scores", torch.float32), ("softmax", torch.bfloat16)])
+def test_spans_of_whole_quads_compute_the_same(path, kind, dtype, monkeypatch):
+    attn, spans, options = attention(kind, 84, batch=2, dtype=dtype), Spans(4, 40, 48, 36), Options(kind=kind)
+    loose = {} if dtype == torch.float32 else {"loss_budget": 1e-5, "gradient_budget": 4e-3}
+    loss, gradients = check([attn], spans, options, **loose)
+    monkeypatch.setattr(host, "in_quads", lambda *numbers: False)
+    again, again_gradients = check([attn], spans, options, **loose)
+    if DEVICE == "cpu":  # a GPU's compiler may add the numbers of a row in another order
+        assert torch.equal(loss, again)
+        assert torch.equal(gradients[0], again_gradients[0])
+
+
+def test_what_reads_in_quads():
+    def step(x, *bounds, table=None):
+        problem = host.Problem(x if isinstance(x, list) else [x], Spans(*bounds, table), Options())
+        assert {block.step.value for block in problem.blocks} == {problem.spans.step.value}
+        return problem.spans.step.value
+
+    def blocks(n_text, n_vision):
+        return [torch.empty(2, 3, r, c) for r in (n_text, n_vision) for c in (n_text, n_vision)]
+
+    attn = torch.empty(2, 3, 32, 32)
+    assert step(attn, 4, 8, 16, 12) == 4
+    others = ((4, 7, 16, 12), (2, 8, 16, 12), (4, 8, 15, 12), (4, 8, 16, 13))
+    assert [step(attn, *bounds) for bounds in others] == [1] * 4
+    assert step(attn, 4, 8, 16, 12, table=torch.zeros(2, 4, dtype=torch.int32)) == 1
+    assert step(attn.mT, 4, 8, 16, 12) == 1
+    assert step(torch.empty(2, 3, 33, 33), 4, 8, 16, 12) == 1
+    assert step(torch.empty(2, 3, 32, 33)[..., :32], 4, 8, 16, 12) == 1
+    assert step(torch.empty(2, 3, 32, 36)[..., :32], 4, 8, 16, 12) == 4
+    assert step(blocks(8, 12), 0, 8, 0, 12) == 4
+    assert step(blocks(8, 11), 0, 8, 0, 11) == 1
+
+
 def test_expanded_input(path):
     attn = attention("scores", 20).expand(2, 2, 20, 20)
     check([attn], Spans(2, 6, 9, 9))
