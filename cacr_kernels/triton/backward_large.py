@@ -133,7 +133,7 @@ def cross_tile(
     return b_df
 
 
-@triton.jit(do_not_specialize=[*UNSPECIALIZED, "grad_tv", "grad_vt", "is_text", "n_tiles_c", "n_tiles"])
+@triton.jit(do_not_specialize=[*UNSPECIALIZED, "is_text", "n_tiles_c", "n_tiles"])
 def large_cross_kernel(
     tt,  # BlockArg: S_tt [B, H, T, T]
     tv,  # BlockArg: S_tv [B, H, T, R]
@@ -197,7 +197,7 @@ def inner_tile(
     return b_ds
 
 
-@triton.jit(do_not_specialize=[*UNSPECIALIZED, "grad_tt", "grad_vv", "first", "n_tiles"])
+@triton.jit(do_not_specialize=[*UNSPECIALIZED, "first", "n_tiles"])
 def large_own_kernel(
     tt,  # BlockArg: S_tt [B, H, T, T]
     tv,  # BlockArg: S_tv [B, H, T, R]

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..problem import Options, Spans
+from .host import QUAD, in_quads
 from .kernel_args import BlockArg, SpanArgs, odd
 from .qk_forward import qk_loss_kernel
 from .qk_launch import Launch, block_d
@@ -40,7 +41,10 @@ class QKProblem:
         self.first_block = 0 if options.vision else 1
         self.n_blocks = options.text + options.vision
         bounds = (spans.text_start, spans.n_text, spans.vision_start, spans.n_vision)
-        self.span_args = SpanArgs(spans.table, tl.constexpr(1), *odd(*bounds, self.n, self.n, 1))
+        # kind "softmax" keeps matrices [n_a, n_b]
+        step = QUAD if options.kind == "softmax" and spans.table is None and in_quads(*bounds, self.n) else 1
+        limits = (self.n // step, self.n // step, 1)
+        self.span_args = SpanArgs(spans.table, tl.constexpr(step), *odd(*(x // step for x in bounds), *limits))
 
     def launch(self, kernel: str) -> Launch:
         return qk_plan(kernel, self.q.device, self.arch, self.q.dtype, self.d)

@@ -48,7 +48,7 @@ def rows_tile(
         store_tile(open_g(work, side, i_problem), b_dx * (g * scale), i, 0, BLOCK_I, BLOCK_J)
 
 
-@triton.jit(do_not_specialize=[*UNSPECIALIZED, "grad_tt", "grad_vv"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def small_rows_kernel(
     tt,  # BlockArg: S_tt [B, H, T, T]
     tv,  # BlockArg: S_tv [B, H, T, R]
@@ -126,7 +126,7 @@ def cross_tile(
     store_tile(m_s, b_df, i, 0, BLOCK_I, BLOCK_J)
 
 
-@triton.jit(do_not_specialize=[*UNSPECIALIZED, "grad_tv", "grad_vt"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def small_cross_kernel(
     tt,  # BlockArg: S_tt [B, H, T, T]
     tv,  # BlockArg: S_tv [B, H, T, R]
@@ -199,7 +199,7 @@ def own_tile(
     store_tile(m_s, b_dy, i, 0, BLOCK_I, BLOCK_J)
 
 
-@triton.jit(do_not_specialize=[*UNSPECIALIZED, "grad_tt", "grad_vv"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def small_own_kernel(
     tt,  # BlockArg: S_tt [B, H, T, T]
     tv,  # BlockArg: S_tv [B, H, T, R]

@@ -161,7 +161,7 @@ def rows_side(
     store_tile(m_g, b_dx * (g * scale), i, 0, I, A)
 
 
-@triton.jit(do_not_specialize=[*UNSPECIALIZED, "grad_tt", "grad_vv"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def whole_rows_kernel(
     tt,  # BlockArg: S_tt [B, H, T, T]
     tv,  # BlockArg: S_tv [B, H, T, R]
@@ -235,6 +235,7 @@ def backward_side(
     store_tile(m_s, b_df, 0, 0, A, B)
 
 
+# grad_*: stores of several numbers would take registers that the whole of a side leaves none of
 @triton.jit(do_not_specialize=[*UNSPECIALIZED, "grad_tv", "grad_vt"])
 def whole_backward_kernel(
     tt,  # BlockArg: S_tt [B, H, T, T]

@@ -201,6 +201,19 @@ def test_vision_before_text_and_gaps(kernel, device, kind):
     check(kernel, *make_qk(40, 32, device=device, std=0.7), 13, text_start=24, n_vision=19, vision_start=2, kind=kind)
 
 
+def test_spans_of_whole_quads_compute_the_same(device_of_triton, monkeypatch):
+    from cacr_kernels.triton import qk_problem
+
+    q, k = make_qk(84, 24, heads=2, key_heads=1, device=device_of_triton, std=0.7)
+    spans = {"n_text": 36, "text_start": 4, "n_vision": 40, "vision_start": 44, "kind": "softmax"}
+    check("triton", q, k, **spans)
+    quads = loss_and_gradients(partial(fused_cacr_qk, backend="triton", **spans), q, k)
+    monkeypatch.setattr(qk_problem, "in_quads", lambda *numbers: False)
+    loss, gradients = loss_and_gradients(partial(fused_cacr_qk, backend="triton", **spans), q, k)
+    assert relative_error(loss, quads[0]) <= 1e-6
+    assert all(relative_error(a, b) <= 5e-6 for a, b in zip(gradients, quads[1]))
+
+
 def test_long_spans_are_summed_in_chunks(device_of_triton, monkeypatch):
     from cacr_kernels.triton import qk_launch
 

@@ -32,6 +32,26 @@ def test_every_kernel_is_within_the_limits():
     assert names >= {"forward", "rows", "columns", "wide_forward", "wide_gradient columns", "gram square", "mixed"}
 
 
+#: prints how many copies of 16 bytes at a time, and of fewer, the forward makes of a head size
+COPIES = """
+import re, sys
+from cacr_kernels.triton import aot, qk_aot
+for d in (64, 72):
+    launched = qk_aot.launches(qk_aot.Case(86, "bfloat16", d, "scores"))["forward"]
+    copied = re.findall(r"cp.async.c[ag].shared.global.* (0x[0-9a-f]+),", aot.compile_launch(*launched, 86).asm["ptx"])
+    print(copied.count("0x10"), len(copied))
+"""
+
+
+@pytest.mark.slow
+def test_heads_that_16_does_not_divide_are_copied_16_bytes_at_a_time():
+    done = run("-c", COPIES)
+    assert done.returncode == 0, done.stderr
+    for line in done.stdout.splitlines():
+        wide, every = map(int, line.split())
+        assert wide == every > 0
+
+
 def test_the_gate_finds_faults():
     case = qk_aot.Case(86, "bfloat16", 64, "scores")
     assert qk_aot.faults(case, "forward", Report(255, 64, 99 << 10, frozenset({"bf16"}))) == []

@@ -34,22 +34,32 @@ for start, t, r in ((0, 1, 1), (1, 1, 16), (1, 16, 47), (2, 48, 63), (16, 17, 1)
             table = torch.empty(batch, 4, dtype=torch.int32, **meta) if ragged else None
             spans, grad_loss = Spans(start, t, start + t, r, table), torch.empty(batch, heads, **meta)
             attn, q, k = (torch.empty(batch, heads, n, width, **meta) for width in (n, 64, 64))
-            with aot.recording() as recorded:
-                for kind in ("scores", "softmax"):
-                    options = Options(kind=kind)
+            for kind in ("scores", "softmax"):
+                options = Options(kind=kind)
+                with aot.recording() as recorded:
                     for host.INTERPRETER in plans:
                         _, saved = scores_forward([attn], spans, options, True)
                         scores_backward(grad_loss, [attn], saved, spans, options)
                     _, saved = qk_forward([q, k], spans, options, True, 0.125)
                     qk_backward(grad_loss, [q, k], saved, spans, options, 0.125)
-            for kernel, args, kwargs in recorded:
-                _, signature, constants, attributes = aot.as_launched(kernel, args, kwargs, 90)
-                flags = str(sorted((name, v) for name, v in kwargs.items() if v is not None))
-                found[kernel.fn.__name__, ragged, quads, flags].add(str((signature, constants, attributes)))
+                for kernel, args, kwargs in recorded:
+                    _, signature, constants, attributes = aot.as_launched(kernel, args, kwargs, 90)
+                    flags = str(sorted((name, v) for name, v in kwargs.items() if v is not None))
+                    launch = kernel.fn.__name__, kind, ragged, quads, flags
+                    found[launch].add(str((signature, constants, attributes)))
 for (name, *_), signatures in found.items():
     print(name, len(signatures))
 """
 OLDEST = ROOT / ".cache" / "triton-3.6"
+
+
+def compiled(program: str) -> str:
+    """What a Python program prints whose kernels are not interpreted."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def gate(*arguments: str, path: Path | None = None, module: str = "aot") -> subprocess.CompletedProcess[str]:
@@ -63,11 +73,7 @@ def gate(*arguments: str, path: Path | None = None, module: str = "aot") -> subp
 
 def test_sizes_that_change_with_every_batch_compile_nothing_anew():
     """Among them 1 and multiples of 16, which Triton would specialise on."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", COMPILATIONS]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
-    assert done.returncode == 0, done.stderr
-    counts = [line.split() for line in done.stdout.splitlines()]
+    counts = [line.split() for line in compiled(COMPILATIONS).splitlines()]
     assert {name for name, _ in counts} >= {
         "small_forward_kernel",
         "small_own_kernel",
@@ -160,6 +166,28 @@ def test_float32_never_uses_tf32_but_in_three_products():
         assert plan(arch, "float16").dot == plan(arch, "bfloat16").dot == "split"
 
 
+#: prints the loads of 16-bit numbers of a kernel for spans of whole quads: four at a time, and one by one
+LOADS = r"""
+import re
+from cacr_kernels.triton import aot
+
+inspect, texts = aot.inspect, []
+aot.inspect = lambda compiled: texts.append(compiled.asm["ptx"]) or inspect(compiled)
+for kernel in ("cross_64", "own_64", "large_v"):
+    aot.compile_case(aot.Case(kernel, 86, "bfloat16", "scores", spans="quads"))
+    print(kernel, len(re.findall(r"ld\.global\.v2\.b32", texts[-1])), len(re.findall(r"ld\.global\.b16", texts[-1])))
+"""
+
+
+@pytest.mark.slow
+def test_whole_quads_are_loaded_four_numbers_at_a_time():
+    lines = compiled(LOADS).splitlines()
+    assert len(lines) == 3
+    for line in lines:
+        _, quads, single = line.split()
+        assert int(quads) > int(single) == 0
+
+
 #: prints how often the fused differences of a kernel share a factor: that of all elements is projection_scale
 FUSED = r"""
 import re
@@ -168,8 +196,9 @@ from cacr_kernels.triton import aot
 
 inspect, texts = aot.inspect, []
 aot.inspect = lambda compiled: texts.append(compiled.asm["ptx"]) or inspect(compiled)
-for kernel in ("forward_64", "rows_64", "large_forward", "large_g", "large_own"):
-    aot.compile_case(aot.Case(kernel, 90, "bfloat16", "scores"))
+kernels = ("forward_64", "rows_64", "large_forward", "large_g", "large_own")
+for kernel, spans in [(kernel, "ragged") for kernel in kernels] + [("forward_64", "quads"), ("large_own", "quads")]:
+    aot.compile_case(aot.Case(kernel, 90, "bfloat16", "scores", spans=spans))
     negative = set(re.findall(r"neg\.f32 \s*(%\w+),", texts[-1]))
     products = re.findall(r"fma\.rn\.f32 \s*%\w+, (%\w+), (%\w+), (%\w+);", texts[-1])
     factors = Counter(factor for *pair, added in products if added in negative for factor in pair)
@@ -180,10 +209,6 @@ for kernel in ("forward_64", "rows_64", "large_forward", "large_g", "large_own")
 @pytest.mark.slow
 def test_the_scale_of_x_is_fused_with_no_difference():
     """x - max x is exact at the maximum only if x was rounded before, in the forward and in the backward alike."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", FUSED]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
-    assert done.returncode == 0, done.stderr
-    counts = [int(line.split()[1]) for line in done.stdout.splitlines()]
-    assert len(counts) == 5
-    assert max(counts) <= 2, done.stdout
+    lines = compiled(FUSED).splitlines()
+    assert len(lines) == 7
+    assert max(int(line.split()[1]) for line in lines) <= 2, lines
