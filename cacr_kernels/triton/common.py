@@ -14,6 +14,9 @@ import triton.language as tl
 
 from .kernel_args import Matrix, Side
 
+#: log2(e)
+LOG2_E = tl.constexpr(1.4426950408889634)
+
 
 @triton.jit
 def load_spans(spans, i_b):
@@ -187,7 +190,7 @@ def load_factor(
         o_r = r_0 + tl.arange(0, BLOCK_R)
         b_m = tl.load(m.p_n + o_r, mask=o_r < m.n_r, other=0.0)
         b_l = tl.load(m.p_n + m.s_n + o_r, mask=o_r < m.n_r, other=1.0)
-        b = tl.exp(b.to(tl.float32) - b_m[:, None]) / b_l[:, None]
+        b = exponential(b.to(tl.float32) - b_m[:, None]) / b_l[:, None]
         b = tl.where(inside_tile(m, r_0, c_0, BLOCK_R, BLOCK_C), b, 0.0)
     return b
 
@@ -200,10 +203,23 @@ def store_tile(m, b, r_0, c_0, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
+def exponential(x):
+    """e^x in float32, 0 below 2^-126: tl.exp keeps such numbers and takes three more instructions for it."""
+    return tl.exp2(x * LOG2_E)
+
+
+@triton.jit
+def leading(x):
+    """float32 x rounded to the bits of a bfloat16, in float32 still: by integers, as single conversions are slow."""
+    bits = (x.to(tl.uint32, bitcast=True) + 0x8000) & 0xFFFF0000
+    return bits.to(tl.uint32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def split(b):
-    """b = hi + lo up to 2^-17 of its size, both bfloat16."""
-    hi = b.to(tl.bfloat16)
-    return hi, (b - hi.to(tl.float32)).to(tl.bfloat16)
+    """float32 b = hi + lo up to 2^-17 of its size, both bfloat16."""
+    hi = leading(b)
+    return hi.to(tl.bfloat16), (b - hi).to(tl.bfloat16)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import dot, load_factor, load_tile, open_side, open_u, row_tile, store_tile
+from .common import dot, exponential, load_factor, load_tile, open_side, open_u, row_tile, store_tile
 from .kernel_args import SpanArgs, plain_blocks, plain_spans, plain_work
 
 
@@ -70,7 +70,7 @@ def row_softmax_numbers(
         b_s = load_tile(m, i, j, BLOCK_I, BLOCK_J, UNIT, DOT).to(tl.float32)
         b_s = tl.where((j + tl.arange(0, BLOCK_J) < m.n_c)[None, :], b_s, float("-inf"))
         b_n = tl.maximum(b_m, tl.max(b_s, 1))
-        b_l = b_l * tl.exp(b_m - b_n) + tl.sum(tl.exp(b_s - b_n[:, None]), 1)
+        b_l = b_l * exponential(b_m - b_n) + tl.sum(exponential(b_s - b_n[:, None]), 1)
         b_m = b_n
     tl.store(m.p_n + o_i, tl.where(o_i < m.n_r, b_m, 0.0), mask=o_i < n_bound)
     tl.store(m.p_n + m.s_n + o_i, tl.where(o_i < m.n_r, b_l, 0.0), mask=o_i < n_bound)

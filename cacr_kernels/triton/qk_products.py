@@ -14,9 +14,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .common import LOG2_E
 from .kernel_args import SpanArgs, plain_spans, plain_tokens
 from .qk_tiles import load_sum, narrow, open_head, open_rows, operand, rows_times_matrix, wide_dot
-from .rows import LOG2_E
 
 
 @triton.jit

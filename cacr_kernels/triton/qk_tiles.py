@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import load_spans
+from .common import leading, load_spans
 
 
 @triton.jit
@@ -163,13 +163,6 @@ def load_sum(p, o, s, count, mask, UNROLL: tl.constexpr):
             acc += tl.load(p + j * s + o, mask=mask & (i + j < count), other=0.0)
         p += UNROLL * s
     return acc
-
-
-@triton.jit
-def leading(x):
-    """float32 x rounded to the bits of a bfloat16, in float32 still: by integers, as single conversions are slow."""
-    bits = (x.to(tl.uint32, bitcast=True) + 0x8000) & 0xFFFF0000
-    return bits.to(tl.uint32).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -11,12 +11,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .common import LOG2_E, exponential
+
 #: probabilities are clamped from below by this number before their logarithm is taken (kind "probs")
 SMALLEST_PROBABILITY = tl.constexpr(1e-12)
 #: below every logit, and so far from overflow that differences of such numbers stay finite
 LOW = tl.constexpr(-1e30)
-#: log2(e)
-LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -110,7 +110,7 @@ def rows_update(m_x, l_x, s_x, m_y, l_y, s_y, c, b_x, b_y, y_scale, inside, LOG2
     if LOG2:
         b_p, b_q, r_x, r_y = tl.exp2(b_x), tl.exp2(b_y), tl.exp2(m_x - n_x), tl.exp2(m_y - n_y)
     else:
-        b_p, b_q, r_x, r_y = tl.exp(b_x), tl.exp(b_y), tl.exp(m_x - n_x), tl.exp(m_y - n_y)
+        b_p, b_q, r_x, r_y = exponential(b_x), exponential(b_y), exponential(m_x - n_x), exponential(m_y - n_y)
     w_x = l_x * r_x
     w_y = l_y * r_y
     l_x = w_x + tl.sum(b_p, 1)
@@ -194,8 +194,8 @@ def compare_logits(b_x, b_y):
     m_y = tl.max(b_y, 1)
     b_x -= m_x[:, None]
     b_y -= m_y[:, None]
-    b_p = tl.exp(b_x)  # without their sums: p l_x, q l_y
-    b_q = tl.exp(b_y)
+    b_p = exponential(b_x)  # without their sums: p l_x, q l_y
+    b_q = exponential(b_y)
     l_x = tl.sum(b_p, 1)
     l_y = tl.sum(b_q, 1)
     b_d = b_x - b_y
