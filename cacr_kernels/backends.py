@@ -208,5 +208,5 @@ def _warn_reference(variant: str, device_type: str, reasons: str) -> None:
     warnings.warn(
         f"{name} on {device_type} runs the slow reference backend ({reasons}). Run `cacr doctor` for what to do, or "
         "ask for backend='reference' to silence this.",
-        stacklevel=4,
+        stacklevel=5,  # the caller of fused_cacr
     )

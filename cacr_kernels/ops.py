@@ -108,20 +108,27 @@ for _variant in ("scores", "qk"):
         torch.library.register_fake(f"cacr_kernels::{_variant}_{_name}", _bind(_fake, _variant), lib=_library)
 
 
+_REFERENCE = "; use backend='reference', which is ordinary differentiable PyTorch"
+
+
 class _Congruence(torch.autograd.Function):
     """Loss [B, H]; ``problem`` is the schema's problem without its table."""
 
     @staticmethod
-    def forward(
-        ctx: Any, variant: str, problem: tuple[Any, ...], needs_grad: bool, table: Tensor | None, *inputs: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        # with as many parameters as arguments, Dynamo takes a forward without gradients for one without ctx
+        variant, problem, needs_grad, table, *inputs = arguments
         forward, _ = _operators(variant)
-        loss, saved = forward(list(inputs), table, *problem, needs_grad)
+        loss, saved = forward(inputs, table, *problem, needs_grad)
         ctx.variant = variant
         ctx.problem = problem
         ctx.n_inputs = len(inputs)
         ctx.save_for_backward(table, *inputs, *saved)
         return loss
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(f"fused_cacr has no forward-mode derivative{_REFERENCE}")
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Any, ...]:
@@ -167,10 +174,7 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Any:
-        raise RuntimeError(
-            "fused_cacr has no second derivative (its backward is a hand-written kernel); for gradients of gradients "
-            "use backend='reference', which is ordinary differentiable PyTorch"
-        )
+        raise RuntimeError(f"fused_cacr has no second derivative (its backward is a hand-written kernel){_REFERENCE}")
 
 
 def _operators(variant: str) -> tuple[Any, Any]:
@@ -183,6 +187,8 @@ def congruence(
     variant: str, inputs: list[Tensor], spans: Spans, options: Options, backend: str, scale: float = 1.0
 ) -> Tensor:
     """Loss [B, H] on a kernel backend, differentiable once in every input."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(f"fused_cacr has no torch.func transforms (grad, vmap, jvp){_REFERENCE}")
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     problem = (
         spans.text_start,

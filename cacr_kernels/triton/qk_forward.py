@@ -15,7 +15,7 @@ import triton.language as tl
 
 from .kernel_args import SpanArgs, plain_spans, plain_tokens
 from .qk_tiles import first_row, load_tokens, open_head, open_rows, operand, rows_dot
-from .rows import rows_advance, rows_finish, rows_start, rows_update
+from .rows import rows_advance, rows_finish, rows_start, rows_update, store_numbers
 
 
 @triton.jit
@@ -27,17 +27,11 @@ def store_rows(stats, spans, i_bh, is_text, o_m, mask_m, m_x, l_x, s_x, m_y, l_y
     """
     rows = spans.n_text + spans.n_vision
     mask = o_m < tl.where(is_text, spans.n_text, spans.n_vision)
-    p = stats + i_bh * 8 * rows + tl.where(is_text, 0, spans.n_text) + o_m
-    tl.store(p, tl.where(mask_m, m_x, 0.0), mask=mask)
-    tl.store(p + rows, tl.where(mask_m, 1.0 / l_x, 0.0), mask=mask)
-    tl.store(p + 2 * rows, tl.where(mask_m, m_y, 0.0), mask=mask)
-    tl.store(p + 3 * rows, tl.where(mask_m, 1.0 / l_y, 0.0), mask=mask)
+    p = stats + i_bh * 8 * rows + tl.where(is_text, 0, spans.n_text)
     b_loss, e_p, _ = rows_finish(l_x, s_x, l_y, s_y, c)
-    tl.store(p + 4 * rows, tl.where(mask_m, e_p * 0.6931471805599453, 0.0), mask=mask)
-    tl.store(p + 5 * rows, tl.where(mask_m, b_loss * 0.6931471805599453, 0.0), mask=mask)
-    if not SOFTMAX:
-        tl.store(p + 6 * rows, tl.zeros_like(m_x), mask=mask)
-        tl.store(p + 7 * rows, tl.zeros_like(m_x), mask=mask)
+    e_p, b_loss = e_p * 0.6931471805599453, b_loss * 0.6931471805599453
+    PRESENT: tl.constexpr = 0b11000000 if SOFTMAX else 0
+    store_numbers(p, rows, o_m, mask, mask_m, m_x, 1.0 / l_x, m_y, 1.0 / l_y, e_p, b_loss, PRESENT)
 
 
 @triton.jit

@@ -11,12 +11,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .common import LOG2_E
 from .kernel_args import SpanArgs, plain_spans, plain_tokens
 from .qk_products import projection_factor
 from .qk_softmax_forward import probabilities, row_softmax_numbers
 from .qk_tiles import chunked_product, open_head, open_rows
 from .qk_wide import open_factor
-from .rows import LOG2_E
 
 
 @triton.jit(do_not_specialize=["heads", "tiles_text"])

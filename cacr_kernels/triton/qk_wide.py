@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from .common import LOG2_E
 from .kernel_args import SpanArgs, plain_spans, plain_tokens
 from .qk_backward import load_rows, row_weight, tile_gradients
 from .qk_forward import store_rows
 from .qk_tiles import chunked_product, open_head, open_rows
-from .rows import LOG2_E, rows_start, rows_update
+from .rows import rows_start, rows_update
 
 
 class Factors(NamedTuple):

@@ -48,24 +48,32 @@ def side_scale(scaling, side):
 
 
 @triton.jit
+def store_numbers(p, s_n, o_i, mask, keep, n_0, n_1, n_2, n_3, n_4, n_5, PRESENT: tl.constexpr):
+    """Write eight numbers a row to p + k s_n + o_i, where ``mask``: n_0 ... n_5, 0, 0; all 0 unless ``keep``.
+
+    Bits of PRESENT: those that stay as they are. One tile [I, 8]: on its way from the layout of rows to that of a store
+    it meets two barriers, as every number of its own would.
+    """
+    o_k = tl.arange(0, 8)[None, :]
+    b = tl.where(o_k == 0, n_0[:, None], tl.where(o_k == 1, n_1[:, None], 0.0))
+    b = tl.where(o_k == 2, n_2[:, None], tl.where(o_k == 3, n_3[:, None], b))
+    b = tl.where(o_k == 4, n_4[:, None], tl.where(o_k == 5, n_5[:, None], b))
+    b = tl.where(keep[:, None], b, 0.0)
+    mask = mask[:, None] & ((PRESENT >> o_k) % 2 == 0)
+    tl.store(p + o_k * s_n + o_i[:, None], b, mask=mask)
+
+
+@triton.jit
 def store_rows(side, spans, o_i, active, m_x, l_x, m_y, l_y, e_p, e_q, KIND: tl.constexpr):
     """Write the eight numbers of rows o_i, 0 for rows beyond the span and for a side left out.
 
     In order: max and sum of exp of X, of Y; E_p[d], E_q[d]; max and sum of exp of the cross block's rows. For kind
     "softmax" those of Y and of the cross block are there already, since the products need them.
     """
-    p, s_n = side.p_n, side.s_n
     mask = o_i < tl.where(side.is_text, spans.n_text, spans.n_vision)
     keep = (o_i < side.n_a) & active
-    tl.store(p + o_i, tl.where(keep, m_x, 0.0), mask=mask)
-    tl.store(p + s_n + o_i, tl.where(keep, l_x, 0.0), mask=mask)
-    tl.store(p + 4 * s_n + o_i, tl.where(keep, e_p, 0.0), mask=mask)
-    tl.store(p + 5 * s_n + o_i, tl.where(keep, e_q, 0.0), mask=mask)
-    if KIND != "softmax":
-        tl.store(p + 2 * s_n + o_i, tl.where(keep, m_y, 0.0), mask=mask)
-        tl.store(p + 3 * s_n + o_i, tl.where(keep, l_y, 0.0), mask=mask)
-        tl.store(p + 6 * s_n + o_i, tl.zeros_like(m_x), mask=mask)
-        tl.store(p + 7 * s_n + o_i, tl.zeros_like(m_x), mask=mask)
+    PRESENT: tl.constexpr = 0b11001100 if KIND == "softmax" else 0
+    store_numbers(side.p_n, side.s_n, o_i, mask, keep, m_x, l_x, m_y, l_y, e_p, e_q, PRESENT)
 
 
 @triton.jit

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from cacr_kernels import native
+from cacr_kernels import fused_cacr, native
 
 #: the package has a function of this name
 module = importlib.import_module("cacr_kernels.backends")
@@ -121,3 +121,10 @@ def test_a_triton_that_cannot_be_imported_is_one_missing_backend(gpus, monkeypat
     states = module.backends()
     assert states["triton"].reason.startswith("the package triton cannot be imported (")
     assert module.choose("auto", "scores", "cuda", 0, torch.float32) == "cuda"
+
+
+def test_the_warning_of_the_slow_backend_names_the_caller():
+    module._warn_reference.cache_clear()
+    with pytest.warns(UserWarning, match="slow reference backend") as found:
+        fused_cacr(torch.empty(1, 1, 5, 5, device="meta"), 2)
+    assert found[0].filename == __file__

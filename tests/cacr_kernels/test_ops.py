@@ -1,6 +1,7 @@
 """The operators and their autograd function: opcheck, gradcheck, torch.compile, refusals, no synchronisation."""
 
 import contextlib
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from cacr_kernels import fused_cacr, fused_cacr_qk, native
+from cacr_kernels import fused_cacr, fused_cacr_blocks, fused_cacr_qk, native
 from cacr_kernels.testing import loss_and_gradients, make_scores, relative_error
 
 OPTIONS = (0, 4, 4, 5, "scores", "both", 1.0, False, False, "none", 1.0)
@@ -213,6 +214,36 @@ def test_compile_equals_eager(backend, device, dynamic, ragged):
     loss, (gradient,) = loss_and_gradients(compiled, attn)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("inputs", [1, 2, 4])
+def test_compiles_without_a_gradient(kernel, device, inputs):
+    """In one graph whatever the number of tensors: Dynamo counts the arguments of a Function."""
+    torch._dynamo.reset()
+    if inputs == 2:
+        tensors = [torch.randn(1, 2, 9, 4, device=device) for _ in range(2)]
+        function = partial(fused_cacr_qk, n_text=4, backend="auto" if kernel == "cuda" else kernel)
+    elif inputs == 1:
+        tensors, function = [torch.randn(1, 2, 9, 9, device=device)], partial(fused_cacr, n_text=4, backend=kernel)
+    else:
+        tensors = [torch.randn(1, 2, r, c, device=device) for r in (4, 5) for c in (4, 5)]
+        function = partial(fused_cacr_blocks, backend=kernel)
+    with torch.no_grad():
+        compiled = torch.compile(lambda *x: function(*x), fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(*tensors), function(*tensors))
+
+
+def test_torch_func_is_refused_in_words(kernel, device):
+    attn = torch.randn(2, 2, 9, 9, device=device)
+    function = partial(fused_cacr, n_text=4, backend=kernel)
+    with pytest.raises(RuntimeError, match="torch.func transforms.*backend='reference'"):
+        torch.func.grad(function)(attn)
+    with pytest.raises(RuntimeError, match="torch.func transforms.*backend='reference'"):
+        torch.func.vmap(function)(attn)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(attn, attn)
+        with pytest.raises(RuntimeError, match="forward-mode.*backend='reference'"):
+            function(dual)
 
 
 def test_dynamic_shapes_do_not_recompile(kernel, device):
