@@ -9,6 +9,7 @@ Importing needs neither Triton nor the native module nor a GPU; ``backends()`` s
 from . import ops  # registers the operators before anything can be traced
 from .api import CACRLoss, fused_cacr, fused_cacr_blocks, fused_cacr_qk
 from .backends import BackendStatus, backends
+from .hooks import QueriesAndKeys
 from .reference import block_softmax
 
 __version__ = "0.1.0"
@@ -16,6 +17,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendStatus",
     "CACRLoss",
+    "QueriesAndKeys",
     "__version__",
     "backends",
     "block_softmax",

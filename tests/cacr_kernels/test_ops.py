@@ -236,13 +236,13 @@ def test_compiles_without_a_gradient(kernel, device, inputs):
 def test_torch_func_is_refused_in_words(kernel, device):
     attn = torch.randn(2, 2, 9, 9, device=device)
     function = partial(fused_cacr, n_text=4, backend=kernel)
-    with pytest.raises(RuntimeError, match="torch.func transforms.*backend='reference'"):
+    with pytest.raises(RuntimeError, match=r"torch.func transforms.*backend='reference'"):
         torch.func.grad(function)(attn)
-    with pytest.raises(RuntimeError, match="torch.func transforms.*backend='reference'"):
+    with pytest.raises(RuntimeError, match=r"torch.func transforms.*backend='reference'"):
         torch.func.vmap(function)(attn)
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(attn, attn)
-        with pytest.raises(RuntimeError, match="forward-mode.*backend='reference'"):
+        with pytest.raises(RuntimeError, match=r"forward-mode.*backend='reference'"):
             function(dual)
 
 
