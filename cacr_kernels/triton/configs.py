@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
+#: tiles that a launch may have; beyond 128 they overflow the kernels' 32-bit offsets
+SIZES = (16, 32, 64, 128)
 #: longest spans of the small path's buckets, whose kernels hold rows of that length whole
 BUCKETS = (64, 128)
 SMALL = BUCKETS[-1]

@@ -7,10 +7,9 @@ from dataclasses import replace
 
 import torch
 
-from .configs import BUCKETS, FORMS_X, SHARED_LIMIT, Key, Launch, family, plan
+from .configs import BUCKETS, FORMS_X, SHARED_LIMIT, SIZES, Key, Launch, family, plan
 from .qk_launch import QK_BLOCKS
 from .qk_launch import launch as qk_launch
-from .table import SIZES
 
 WARPS, STAGES = (2, 4, 8), (1, 2, 3, 4)
 REGISTERS = (96, 128, 160, 192)
@@ -74,6 +73,24 @@ def forms_x_alike(key: Key, launch: Launch, arch: int) -> bool:
     return same and all(launch.blocks.get(chunk) == known.get(chunk) for chunk in ("BLOCK_K", "BLOCK_C"))
 
 
+def stays_in_registers(key: Key, launch: Launch, arch: int) -> bool:
+    """False where a dot has rows enough for Blackwell's tensor memory: see configs.SPLIT_REGISTERS."""
+    rows = {
+        "large_cross": ("BLOCK_J",),
+        "columns": ("BLOCK_N",),
+        "wide": ("BLOCK_M", "BLOCK_N"),
+        "fill": (),
+        "numbers": (),
+    }
+    axes = rows.get(key.kernel, ("BLOCK_I", "BLOCK_M"))
+    return family(arch) != 100 or all(launch.blocks.get(axis, 0) < 64 for axis in axes)
+
+
+def fits_the_others(key: Key, launch: Launch, arch: int) -> bool:
+    """Whether results stay right with this launch beside the built-in ones of the other kernels."""
+    return forms_x_alike(key, launch, arch) and stays_in_registers(key, launch, arch)
+
+
 def rows_per_warp(key: Key, launch: Launch, arch: int) -> bool:
     """False where dots that follow on each other have more warps than their rows fill, 16 rows a warp, on Hopper.
 
@@ -109,7 +126,7 @@ def possible(key: Key, launch: Launch, arch: int) -> bool:
     threads, numbers = 32 * launch.num_warps, second * largest
     unrolled = key.variant == "scores" and plan(arch, key.dtype).dot == "ieee"
     return (
-        forms_x_alike(key, launch, arch)
+        fits_the_others(key, launch, arch)
         and rows_per_warp(key, launch, arch)
         and (launch.registers is None or key.variant == "scores")
         and shared <= SHARED_LIMIT[family(arch)]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -19,15 +20,16 @@ from typing import Any
 
 import torch
 
-from .configs import BLOCKS, DTYPES, INTERPRETER, Key, Launch, Plan, plan
+from .configs import BLOCKS, DTYPES, INTERPRETER, SIZES, Key, Launch, Plan, plan
 from .qk_launch import HEADS, QK_BLOCKS, bucket
 from .qk_launch import Launch as QKLaunch
 from .qk_launch import launch as qk_launch
+from .space import fits_the_others
 
 VARIABLE = "CACR_LAUNCH_TABLE"
 FORMAT = {"format": "cacr launch table", "version": 1}
-#: what an entry may choose; tiles beyond 128 overflow the kernels' 32-bit offsets
-SIZES, WARPS, STAGES = (16, 32, 64, 128), (1, 2, 4, 8, 16), (1, 2, 3, 4, 5, 6)
+#: what an entry may choose, beside SIZES
+WARPS, STAGES = (1, 2, 4, 8, 16), (1, 2, 3, 4, 5, 6)
 REGISTERS = (None, 96, 128, 160, 192, 224)
 LARGEST_FILE = 1 << 20
 
@@ -173,9 +175,25 @@ def _measured(where: str, value: Any) -> Measured:
 
 @cache
 def of_gpu(name: str) -> dict[Key, Launch]:
-    """What replaces the built-in entries on GPUs called ``name``. The file is read once in a process."""
+    """What replaces the built-in entries on GPUs called ``name``. The file is read once in a process.
+
+    Entries that were measured beside other built-in ones, and do not fit those of today, are left out with a warning.
+    """
     file = present()
-    return {} if file is None else {entry.key: entry.launch for entry in read(file) if entry.gpu == name}
+    entries = [] if file is None else [entry for entry in read(file) if entry.gpu == name]
+    found = {entry.key: entry.launch for entry in entries if usable(entry)}
+    if len(found) < len(entries):
+        warnings.warn(
+            f"the launch table {file}: {len(entries) - len(found)} of {len(entries)} entries for {name} do not fit the "
+            "kernels of this version and are left out; `cacr bench tune` measures them again",
+            stacklevel=2,
+        )
+    return found
+
+
+def usable(entry: Entry) -> bool:
+    """Whether results stay right with this entry beside the built-in ones of today."""
+    return fits_the_others(entry.key, entry.launch, entry.arch)
 
 
 def in_use(gpus: Iterable[str]) -> str:
@@ -184,7 +202,10 @@ def in_use(gpus: Iterable[str]) -> str:
     if file is None:
         return f"built-in (no {path() or 'other'}; `cacr bench tune` measures one)"
     entries = read(file)
-    counts = [f"{sum(entry.gpu == gpu for entry in entries)} entries for {gpu}" for gpu in dict.fromkeys(gpus)]
+    counts = [
+        f"{sum(entry.gpu == gpu and usable(entry) for entry in entries)} entries for {gpu}"
+        for gpu in dict.fromkeys(gpus)
+    ]
     return f"built-in, and {file}: {', '.join(counts) or f'{len(entries)} entries, none for a GPU of this machine'}"
 
 

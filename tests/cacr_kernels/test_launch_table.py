@@ -136,6 +136,28 @@ def test_a_file_holds_on_the_gpu_it_was_measured_on(file, gpu):
     assert table.scores_plan(torch.device("cpu"), "bfloat16") is configs.INTERPRETER
 
 
+def test_entries_that_do_not_fit_the_other_kernels_are_left_out(file, gpu):
+    """Measured beside built-in ones of another version: X would not be formed alike, or in tensor memory."""
+    deep = entry(blocks=entry().launch.blocks | {"BLOCK_K": 16})
+    assert deep.launch.blocks["BLOCK_K"] != space.builtin(ROWS, 90).blocks["BLOCK_K"]
+    table.write(file, [deep, ENTRIES[1]])
+    with pytest.warns(UserWarning, match="1 of 2 entries for NVIDIA A do not fit the kernels of this version"):
+        assert table.of_gpu("NVIDIA A") == {FORWARD: ENTRIES[1].launch}
+    assert table.scores_plan(gpu, "bfloat16") == configs.plan(90, "bfloat16")
+    assert "1 entries for NVIDIA A" in table.in_use(["NVIDIA A"])
+
+
+@pytest.mark.parametrize("kernel", ["project", "large_v", "cross_64", "large_cross"])
+def test_no_candidate_multiplies_in_tensor_memory_on_blackwell(kernel):
+    key = Key("scores", kernel, "bfloat16")
+    start = space.builtin(key, 100)
+    axis = "BLOCK_J" if kernel == "large_cross" else "BLOCK_I"
+    rows = replace(start, blocks=start.blocks | {axis: 64})
+    assert not space.possible(key, rows, 100)
+    assert not space.fits_the_others(key, rows, 103)
+    assert space.fits_the_others(key, rows, 80)
+
+
 def test_a_file_is_read_once_in_a_process(file, gpu, monkeypatch):
     table.write(file, ENTRIES)
     read = []

@@ -173,13 +173,16 @@ def test_choices_must_hold_together():
 
 def test_a_table_keeps_what_was_not_tuned():
     measured = table.Measured(1.0, 2.0, "", "2026-01-02", "2.13.0", "3.7.1")
-    old = [table.Entry(gpu, 90, key, Launch({}), measured) for gpu in ("A", "B") for key in (TUNED, FIRST)]
+    builtin = {key: space.builtin(key, 90) for key in (TUNED, FIRST)}
+    old = [table.Entry(gpu, 90, key, launch, measured) for gpu in ("A", "B") for key, launch in builtin.items()]
     choice = Choice(TUNED, Launch({"BLOCK_I": 64}), 3.0, 4.0, (BACKWARD,))
     origin = {"date": "2026-03-04", "torch": "2.13.0", "triton": "3.7.1"}
     found = updated(old, "A", 90, [choice], {TUNED, FIRST}, origin)
     assert [(entry.gpu, entry.key) for entry in found] == [("B", TUNED), ("B", FIRST), ("A", TUNED)]
     assert found[-1].measured.calls == "backward of scores scores small bfloat16"
     assert updated(old, "A", 90, [], set(), origin) == old
+    other_x = replace(old[1], launch=Launch(builtin[FIRST].blocks | {"BLOCK_K": 128}))  # of another version's table
+    assert updated([old[0], other_x, *old[2:]], "A", 90, [], set(), origin) == [old[0], *old[2:]]
 
 
 def test_entries_are_printed_as_code_that_works():
@@ -300,6 +303,14 @@ def test_a_table_that_is_no_table_is_not_replaced(capsys, tmp_path):
     assert cli.main(["bench", "tune", "--out", str(file)]) == 2
     assert "expected one JSON object" in capsys.readouterr().err
     assert file.read_text() == "[]"
+
+
+def test_a_folder_is_no_table(capsys, tmp_path):
+    assert cli.main(["bench", "tune", "--out", str(tmp_path)]) == 2
+    assert f"{tmp_path} is a folder; give a file" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "tune", "--help"])
+    assert "--out OUT the launch table, a JSON file" in " ".join(capsys.readouterr().out.split())
 
 
 def test_doctor_says_which_launch_table_is_in_use(capsys, tmp_path, monkeypatch):

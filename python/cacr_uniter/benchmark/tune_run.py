@@ -145,8 +145,8 @@ def make_calls(
 
 def updated(old: list[table.Entry], gpu: str, arch: int, choices: Iterable[Choice], tuned: set[Key],
             origin: Mapping[str, str]) -> list[table.Entry]:  # fmt: skip
-    """``old`` with the choices for this GPU, and without its other entries of kernels that were ``tuned``."""
-    kept = [entry for entry in old if not (entry.gpu == gpu and entry.key in tuned)]
+    """``old`` with the choices for this GPU, without its other entries that were ``tuned`` now or are unusable."""
+    kept = [entry for entry in old if not (entry.gpu == gpu and (entry.key in tuned or not table.usable(entry)))]
     new = []
     for choice in choices:
         calls = ", ".join(map(str, choice.calls))
@@ -196,6 +196,8 @@ def main(argv: list[str], parser: argparse.ArgumentParser) -> int:
     args = parser.parse_args(argv)
     if args.out is None:
         raise UserError(f"{table.VARIABLE} is empty, so no launch table is in use: give a file with --out")
+    if args.out.is_dir():
+        raise UserError(f"--out: {args.out} is a folder; give a file, such as {args.out / 'launch_table.json'}")
     old = table.read(args.out) if args.out.exists() else []
     if args.as_code:
         print(as_code(old))
