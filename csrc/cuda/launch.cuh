@@ -22,7 +22,7 @@ class DeviceScope {
         if (error_ != cudaSuccess) cudaGetLastError();  // told here, not of the next launch
     }
     ~DeviceScope() {
-        if (changes_) cudaSetDevice(previous_);
+        if (changes_ && cudaSetDevice(previous_)) cudaGetLastError();
     }
     DeviceScope(const DeviceScope&) = delete;
     DeviceScope& operator=(const DeviceScope&) = delete;
@@ -40,17 +40,6 @@ int launch(void (*kernel)(Params...), i64 x, int y, int z, int threads, void* st
     return cudaGetLastError();
 }
 
-// Blocks of `threads` threads with `bytes` of dynamic shared memory.
-template <typename... Params, typename... Args>
-int launch_shared(void (*kernel)(Params...), i64 blocks, int threads, int bytes, void* stream, const Args&... args) {
-    if (bytes > 48 << 10) {
-        const int error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-        if (error) return error;
-    }
-    kernel<<<(unsigned)blocks, threads, bytes, (cudaStream_t)stream>>>(args...);
-    return cudaGetLastError();
-}
-
 // Dynamic shared memory that a block of the kernel may have on the current device, 0 where its code is for cards before
 // `architecture`.
 template <typename... Params>
@@ -64,6 +53,19 @@ int shared_limit(void (*kernel)(Params...), int architecture) {
         return 0;
     }
     return attributes.ptxVersion < architecture ? 0 : limit - (int)attributes.sharedSizeBytes;
+}
+
+// Blocks of `threads` threads with `bytes` of dynamic shared memory.
+template <typename... Params, typename... Args>
+int launch_shared(void (*kernel)(Params...), i64 blocks, int threads, int bytes, void* stream, const Args&... args) {
+    if (bytes > 48 << 10) {
+        // always the most there is: the attribute is the function's, and another thread may be about to launch it
+        const int most = shared_limit(kernel, 0);
+        const int error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+        if (error) return error;
+    }
+    kernel<<<(unsigned)blocks, threads, bytes, (cudaStream_t)stream>>>(args...);
+    return cudaGetLastError();
 }
 
 }  // namespace cacr
