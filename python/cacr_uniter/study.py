@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -100,8 +101,8 @@ def run_study(out: Path, study: Study, processes: int, progress: Progress) -> di
     stop = threading.Event()
     runs = study.runs()
     with ThreadPoolExecutor(processes) as pool:
-        waiting = [pool.submit(_run, out, study, variant, seed, threads, stop) for variant, seed in runs]
         try:
+            waiting = [pool.submit(_run, out, study, variant, seed, threads, stop) for variant, seed in runs]
             while not all(future.done() for future in waiting):
                 progress("runs", sum(future.done() for future in waiting), len(runs))
                 progress("optimizer steps", sum(_steps_done(run_folder(out, *run)) for run in runs), steps * len(runs))
@@ -198,12 +199,11 @@ def _reason(folder: Path, process: subprocess.Popen[str]) -> str:
 
 def _wait(process: subprocess.Popen[str], stop: threading.Event) -> str:
     """What the process prints; when the study stops, the process is asked to stop too (training saves first)."""
-    while True:
-        try:
+    while not stop.is_set():
+        with suppress(subprocess.TimeoutExpired):
             return process.communicate(timeout=0.5)[0]
-        except subprocess.TimeoutExpired:
-            if stop.is_set():
-                process.terminate()
+    process.terminate()
+    return process.communicate()[0]
 
 
 def collect(out: Path, study: Study) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What `cacr bench` leaves behind: files, the machine's name, order, pictures and words of a whole run."""
 
+import signal
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from cacr_uniter import cli
-from cacr_uniter.benchmark import contenders, machine, results, run, summary, worker
+from cacr_uniter.benchmark import contenders, machine, pool, results, run, summary, worker
 from cacr_uniter.benchmark.machine import provenance, slug
 from cacr_uniter.benchmark.plots import draw
 from cacr_uniter.benchmark.run import Plan, run_benchmark
@@ -201,6 +202,13 @@ def test_an_empty_folder_has_no_pictures(tmp_path):
     assert draw(tmp_path) == []
 
 
+def test_a_folder_without_results_is_refused(capsys, tmp_path):
+    for folder in (tmp_path, tmp_path / "missing"):
+        assert cli.main(["bench", "plot", "--out", str(folder)]) == 2
+        assert f"no results in {folder}: " in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_takes_too_long_or_comes_too_late_is_skipped_in_words(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "measured_ceilings", lambda *_: CEILINGS)
     plan = Plan((Shape("huge", 1, 8, 8192, 8192),), ("float32",), ("scores",), "cpu", 0.001, 1, 0.5, threads=1)
@@ -208,7 +216,8 @@ def test_what_takes_too_long_or_comes_too_late_is_skipped_in_words(tmp_path, mon
     assert rows
     assert {row["status"] for row in rows} == {"skipped"}
     late = Plan((SHAPE,), ("float32",), ("scores",), "cpu", 0.001, 1, 5.0, budget=0.0, threads=1)
-    assert {row["note"] for row in run_benchmark(late, tmp_path, lambda *_: None)} == {"the time of this run was over"}
+    assert {row["note"] for row in run_benchmark(late, tmp_path, lambda *_: None)} == {pool.LATE}
+    assert "--budget" in pool.LATE
 
 
 def test_what_compiles_for_long_comes_last_on_a_gpu(monkeypatch):
@@ -231,6 +240,20 @@ def test_the_16_bit_dtype_is_one_that_the_gpu_has(monkeypatch, capability, dtype
     monkeypatch.setattr(run, "run_benchmark", lambda plan, *_: plans.append(plan) or [])
     assert cli.main(["bench", "--device", "cuda", "--out", "nowhere"]) == 0
     assert plans[0].dtypes == ("float32", dtype)
+
+
+def test_a_terminated_benchmark_is_an_interrupted_one(capsys, monkeypatch):
+    def terminated(*_):
+        signal.raise_signal(signal.SIGTERM)
+        return []
+
+    monkeypatch.setattr(run, "run_benchmark", terminated)
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        assert cli.main(["bench", "--device", "cpu", "--out", "nowhere"]) == 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "interrupted" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """What `cacr bench` measures: floors, contenders and their float64 references, processes of their own."""
 
+import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -238,6 +240,26 @@ def test_a_silent_process_is_stopped():
     slow = measure_job_dict("loop") | {"shape": Shape("l", 1, 1, 200, 200).as_dict()}
     ((_, rows),) = pool.run_tasks([("kernel", slow)], "cpu", timeout=0.5, threads=1)
     assert rows[-1]["status"] == "timeout"
+
+
+def test_an_interrupted_job_leaves_no_process_and_no_watch(monkeypatch):
+    begun = []
+
+    class Interrupted(subprocess.Popen):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            begun.append(self)
+            self.stdout.readline = self.interrupt
+
+        def interrupt(self):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(pool.subprocess, "Popen", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        list(pool.run_tasks([("nothing", {})], "cpu", timeout=20.0))
+    assert begun[0].poll() == -signal.SIGKILL
+    watches = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
+    assert all(watch.finished.is_set() for watch in watches)
 
 
 def test_a_job_beyond_the_memory_limit_is_out_of_memory():

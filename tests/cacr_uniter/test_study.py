@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 
+from cacr_uniter import cli
 from cacr_uniter import study as module
 from cacr_uniter.commands import study as command
 from cacr_uniter.errors import UserError
@@ -16,7 +18,7 @@ from cacr_uniter.study import Study, collect, commands, run_folder, run_study, s
 STUDY = Study("scenes", "demo", ("none", "cacr"), (0, 1, 2))
 
 FAKE = """
-import json, os, pathlib, signal, sys
+import json, os, pathlib, signal, sys, time
 words = sys.argv[1:]
 option = {w.split("=")[0]: w.split("=")[1] for w in words if "=" in w}
 with open(pathlib.Path(__file__).parent / "calls", "a") as calls:
@@ -27,6 +29,15 @@ if words[0] == "train":
         raise SystemExit(2)
     if option["--run.out"].endswith("cacr-seed0") and (pathlib.Path(__file__).parent / "killed").exists():
         os.kill(os.getpid(), signal.SIGKILL)
+    if (pathlib.Path(__file__).parent / "slow").exists():
+        def save(number, frame):
+            os.kill(os.getppid(), signal.SIGTERM)
+            time.sleep(0.2)
+            (pathlib.Path(__file__).parent / "saved").touch()
+            raise SystemExit(130)
+        signal.signal(signal.SIGTERM, save)
+        os.kill(os.getppid(), signal.SIGTERM)
+        time.sleep(5)
     raise SystemExit(0)
 seed = int(words[words.index("--checkpoint") + 1][-1])
 part = {name: {"score": 50 + seed + 10 * ("cacr" in words[3])} for name in ("text", "image", "group")}
@@ -84,6 +95,27 @@ def test_a_killed_run_says_so(fake: Path) -> None:
     with pytest.raises(UserError, match=r"run cacr of seed 0 failed \(stopped by signal 9"):
         run_study(fake / "out", STUDY, 1, quiet)
     assert not (fake / "out" / "cacr-seed2").exists(), "nothing is begun after a failure"
+
+
+def test_a_terminated_study_stops_its_runs_and_goes_on(fake: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (fake / "scenes").mkdir()
+    (fake / "slow").touch()
+    words = ["study", "--out", str(fake / "out"), "--scenes", str(fake / "scenes"), "--seeds", "1", "--processes", "1"]
+
+    def ignore(*_: object) -> None:
+        pass
+
+    before = signal.signal(signal.SIGTERM, ignore)
+    try:
+        assert cli.main(words) == 130
+        assert signal.getsignal(signal.SIGTERM) is ignore
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert capsys.readouterr().err.endswith("interrupted\n")
+    assert (fake / "saved").exists(), "a second signal, as `timeout` sends, does not end the wait for the run"
+    assert trained(fake) == 1
+    (fake / "slow").unlink()
+    assert cli.main(words) == 0
 
 
 def test_more_seeds_may_be_added_but_no_other_options(fake: Path) -> None:

@@ -18,6 +18,9 @@ Row = dict[str, Any]
 MALLOC_RETURNS = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072", "CACR_CPU_KEEP_MB": "0"}
 """glibc and the CPU kernels give freed blocks back at once, so that the process's memory is what is in use."""
 
+LATE = "the time of this run was over; a larger --budget measures it"
+"""Why a task was not begun."""
+
 
 def run_tasks(
     tasks: Sequence[Task],
@@ -74,9 +77,11 @@ def _one_process(
             process.stdin.close()
             while True:
                 watch = threading.Timer(timeout, _kill, (process, late))
-                watch.start()
-                line = process.stdout.readline()
-                watch.cancel()
+                try:
+                    watch.start()
+                    line = process.stdout.readline()
+                finally:
+                    watch.cancel()
                 if not line:
                     break
                 answer = json.loads(line)

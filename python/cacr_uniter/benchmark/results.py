@@ -54,6 +54,11 @@ def _text(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
+def any_in(folder: Path) -> bool:
+    """Whether a folder holds results."""
+    return any((folder / name).is_file() for name in (REPORT, *(f"{name}.csv" for name in COLUMNS)))
+
+
 def append(folder: Path, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
     """Appends rows to ``folder/name.csv``; a missing column is empty.
 

@@ -12,7 +12,7 @@ from cacr_uniter.benchmark.ceilings import UNITS
 from cacr_uniter.benchmark.contenders import OURS, names
 from cacr_uniter.benchmark.machine import provenance
 from cacr_uniter.benchmark.measure import Job
-from cacr_uniter.benchmark.pool import MALLOC_RETURNS, Row, run_tasks
+from cacr_uniter.benchmark.pool import LATE, MALLOC_RETURNS, Row, run_tasks
 from cacr_uniter.benchmark.shapes import Shape
 from cacr_uniter.benchmark.timing import quantile
 from cacr_uniter.benchmark.work import DIRECTIONS, TILE, floor, matmul_rate, work
@@ -158,7 +158,7 @@ def _measure_batch(
             if plan.device == "cuda" and time.monotonic() > deadline:
                 break
     for shape, job in runnable[measured:]:
-        yield shape, [_skipped(job, "the time of this run was over")]
+        yield shape, [_skipped(job, LATE)]
 
 
 def _on_gpu(plan: Plan, jobs: list[Job]) -> Iterator[tuple[int, list[Row]]]:

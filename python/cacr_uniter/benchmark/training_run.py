@@ -12,7 +12,7 @@ from typing import Any
 
 from cacr_uniter.benchmark import results
 from cacr_uniter.benchmark.machine import half_dtype, provenance
-from cacr_uniter.benchmark.pool import MALLOC_RETURNS, Row, run_tasks
+from cacr_uniter.benchmark.pool import LATE, MALLOC_RETURNS, Row, run_tasks
 from cacr_uniter.benchmark.training_cost import AUXILIARY, Setting
 from cacr_uniter.errors import UserError
 from cacr_uniter.training.sizes import parse_size
@@ -123,7 +123,7 @@ def run_settings(settings: list[Setting], out: Path, progress: Progress, budget:
                 if time.monotonic() - start > budget:
                     break
         for setting in batch[finished:]:
-            write(setting, {"status": "skipped", "note": "the time of this run was over"})
+            write(setting, {"status": "skipped", "note": LATE})
     return written
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from cacr_uniter.arguments import DefaultsInHelp, Parser, positive
 from cacr_uniter.commands.progress import bars
+from cacr_uniter.commands.terminable import terminable
 from cacr_uniter.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,14 +28,16 @@ DEFAULT_OUT = Path("benchmarks/results")
 def main(argv: list[str]) -> int:
     words = list(argv)
     part = words.pop(0) if words and words[0] in PARTS else "kernels"
-    return {
+    command = {
         "kernels": _kernels,
         "plot": _plot,
         "training": _training,
         "numerics": _numerics,
         "tune": _tune,
         "gpu-report": _gpu_report,
-    }[part](words)
+    }[part]
+    with terminable():
+        return command(words)
 
 
 def results_folder(out: Path | None, device: str) -> Path:
@@ -156,9 +159,12 @@ def _plot(argv: list[str]) -> int:
     args = _parser("plot", "Draw pictures and a summary from the CSV files of a results folder.").parse_args(argv)
 
     from cacr_uniter.benchmark.plots import draw
+    from cacr_uniter.benchmark.results import any_in
     from cacr_uniter.benchmark.summary import write_summary
 
-    folders = [args.out] if args.out else sorted(path for path in DEFAULT_OUT.glob("*") if path.is_dir())
+    if args.out and not any_in(args.out):
+        raise UserError(f"no results in {args.out}: run `cacr bench --out {args.out}`, or give another --out")
+    folders = [args.out] if args.out else sorted(path for path in DEFAULT_OUT.glob("*") if any_in(path))
     if not folders:
         raise UserError(f"no results below {DEFAULT_OUT}: run `cacr bench`, or give --out")
     for folder in folders:
@@ -186,7 +192,7 @@ def _tune(argv: list[str]) -> int:
 
     from cacr_uniter.benchmark.tune_run import main as tune
 
-    return tune(argv, _parser("tune", PARTS["tune"]))
+    return tune(argv, _parser("tune", PARTS["tune"], "the launch table, a JSON file"))
 
 
 def _gpu_report(argv: list[str]) -> int:

@@ -10,6 +10,7 @@ from cacr_uniter.arguments import Parser, positive
 from cacr_uniter.commands import data_scenes
 from cacr_uniter.commands.demo import SCENES
 from cacr_uniter.commands.progress import bars
+from cacr_uniter.commands.terminable import terminable
 from cacr_uniter.errors import UserError
 from cacr_uniter.study import DEFAULT_VARIANTS, METRICS, VARIANTS, Study, run_study
 
@@ -23,7 +24,7 @@ def main(argv: list[str]) -> int:
         if args.scenes is not None:
             raise UserError(f"--scenes: {scenes} does not exist; write it with: cacr data scenes --out {scenes}")
         data_scenes.main(["--out", str(scenes), *SCENES])
-    with bars() as progress:
+    with terminable(), bars() as progress:
         results = run_study(args.out, study, args.processes, progress)
     show(results)
     print(f"every number: {args.out / 'results.json'}")
