@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         print(usage())
         return 0
-    if words[0] == "--version":
+    if words[0] in ("-V", "--version"):
         from importlib.metadata import version
 
         print(f"cacr-kernels {version('cacr-kernels')}")
@@ -109,7 +109,8 @@ def usage() -> str:
     """The list of commands."""
     lines = [f"  cacr {name:<18}{summary}" for name, (_, summary) in COMMANDS.items()]
     head = "usage: cacr [--traceback] COMMAND ...   (cacr COMMAND --help explains one)"
-    return "\n".join([head, "", *lines, "", "  --traceback shows where an error arose"])
+    options = ["  --traceback shows where an error arose", "  -V, --version prints the version"]
+    return "\n".join([head, "", *lines, "", *options])
 
 
 def _command(words: list[str]) -> tuple[str | None, list[str]]:

@@ -15,7 +15,7 @@ from cacr_uniter.errors import UserError
 from cacr_uniter.evaluation.scoring import load_model
 from cacr_uniter.model import UniterConfig, UniterForRetrieval
 from cacr_uniter.training.best import METRICS, Best
-from cacr_uniter.training.checkpoint import MODEL
+from cacr_uniter.training.checkpoint import MODEL, SUMS, verify_weights
 from cacr_uniter.training.testing import VOCABULARY, small_config, small_run, synthetic_source
 from cacr_uniter.training.validation import validate
 
@@ -41,7 +41,7 @@ def test_the_best_weights_are_kept_and_ties_stay_with_the_first(tmp_path: Path) 
     assert str(best) == f"step 1, ir_r1 30.00: {tmp_path / 'best'}"
     for name, value in models[1].state_dict().items():
         assert torch.equal(kept(tmp_path)[name], value), name
-    assert sorted(path.name for path in (tmp_path / "best").iterdir()) == [MODEL, "uniter.json"]
+    assert sorted(path.name for path in (tmp_path / "best").iterdir()) == [SUMS, MODEL, "uniter.json"]
 
 
 @pytest.mark.parametrize(
@@ -84,6 +84,36 @@ def test_damaged_weights_count_as_none(tmp_path: Path) -> None:
     assert Best(tmp_path, "ir_r1", start=6).path is None
 
 
+@pytest.mark.parametrize("name", [MODEL, "uniter.json", SUMS])
+def test_one_flipped_bit_is_noticed(tmp_path: Path, name: str) -> None:
+    Best(tmp_path, "ir_r1").offer(record(4, 30.0), model(0))
+    verify_weights(tmp_path / "best" / MODEL)
+    data = bytearray((tmp_path / "best" / name).read_bytes())
+    data[-1] ^= 4
+    (tmp_path / "best" / name).write_bytes(data)
+    with pytest.raises(UserError, match=rf"checkpoint {tmp_path}/best is damaged \({name}.*: copy it again, or take"):
+        verify_weights(tmp_path / "best" / MODEL)
+
+
+def test_killed_before_the_checksums_are_written_the_weights_are_still_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(Exception):
+        pass
+
+    def killed(path: Path, value: Any) -> None:
+        if path.name == SUMS:
+            raise Killed
+
+    best = Best(tmp_path, "ir_r1")
+    best.offer(record(1, 10.0), model(0))
+    monkeypatch.setattr("cacr_uniter.training.best.write_json", killed)
+    with pytest.raises(Killed):
+        best.offer(record(2, 20.0), model(1))
+    assert torch.equal(kept(tmp_path)["rank_output.weight"], model(1).rank_output.weight)
+    verify_weights(tmp_path / "best" / MODEL)
+
+
 @pytest.mark.parametrize("function", ["cacr_uniter.training.best.save_file", "cacr_uniter.files.flush"])
 def test_a_refused_write_leaves_the_weights_before(
     tmp_path: Path, function: str, monkeypatch: pytest.MonkeyPatch
@@ -99,7 +129,7 @@ def test_a_refused_write_leaves_the_weights_before(
     with pytest.raises(UserError, match=r"best weights .* could not be written \(no space left on the device\)"):
         best.offer(record(2, 20.0), model(1))
     assert (tmp_path / "best" / MODEL).read_bytes() == before
-    assert sorted(path.name for path in (tmp_path / "best").iterdir()) == [MODEL, "uniter.json"]
+    assert sorted(path.name for path in (tmp_path / "best").iterdir()) == [SUMS, MODEL, "uniter.json"]
     assert best.step == 1
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,10 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
         cli.main([*name.split(), "--help"])
     assert exit_.value.code == 0
     assert f"cacr {name}" in capsys.readouterr().out
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "-V") == run(capsys, "--version") == (0, f"cacr-kernels {version('cacr-kernels')}\n", "")
 
 
 def test_a_group_lists_its_commands(capsys: pytest.CaptureFixture[str]) -> None:

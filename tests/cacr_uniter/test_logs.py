@@ -68,6 +68,28 @@ def test_the_bar_moves_every_step_and_shows_the_time_left(clock: Clock, monkeypa
         assert "83.3 h left" in capture.get()
 
 
+@pytest.mark.parametrize(
+    ("width", "last"), [(60, "40 pairs/s"), (80, "match 0.2000"), (100, "aux 0.1000 x 0.5"), (140, "1.0 GB")]
+)
+def test_a_narrow_terminal_leaves_out_the_last_numbers(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch, width: int, last: str
+) -> None:
+    monkeypatch.setattr(logs, "Console", lambda **options: Console(force_terminal=True, quiet=True))
+    with Display(5000, 1000, True) as display:
+        clock.now += 36
+        display.update(1001, RECORD)
+    plain = Console(width=width)
+    with plain.capture() as capture:
+        plain.print(display._progress.get_renderable())
+    line = capture.get().strip()
+    assert "\n" not in line
+    assert line.startswith("━")
+    assert "1001/5000" in line
+    assert "40.0 h left" in line
+    assert "40 pairs/s" in line
+    assert line.endswith(last)
+
+
 def test_the_loop_tells_the_display_of_every_step(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, bool]] = []
     monkeypatch.setattr(Display, "update", lambda self, done, record=None: seen.append((done, record is not None)))

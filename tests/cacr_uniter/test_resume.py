@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import shutil
 import signal
 import time
 from multiprocessing.process import BaseProcess
@@ -168,11 +169,22 @@ def test_windows_of_the_log_survive_a_resume(tmp_path: Path) -> None:
     assert log(tmp_path / "a") == log(tmp_path / "b")
 
 
-def test_a_finished_run_is_left_as_it_is(whole: Path) -> None:
+def test_a_run_that_goes_on_says_from_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small_run(small_config(tmp_path, run__checkpoint_every=4), progress=True)
+    assert "continues" not in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "checkpoints" / "step-00000008")
+    small_run(small_config(tmp_path, run__checkpoint_every=4), progress=True)
+    told = capsys.readouterr().err.splitlines()
+    assert told[0] == f"continues from {tmp_path}/checkpoints/step-00000004"
+    assert told[1].startswith("step 5/8 ")
+
+
+def test_a_finished_run_is_left_as_it_is(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = log(whole)
-    result = small_run(small_config(whole))
+    result = small_run(small_config(whole), progress=True)
     assert result.finished
-    assert result.step == 8
+    assert (result.start, result.step) == (8, 8)
+    assert capsys.readouterr().err == ""
     assert numbers(result.history) == before == log(whole)
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from cacr_uniter import cli
 from cacr_uniter.data.dataset import RetrievalDataset
 from cacr_uniter.data.image_db import ImageDB
 from cacr_uniter.data.scenes import write
@@ -64,6 +66,18 @@ def test_databases_are_read_by_the_training_data_set(scenes: Path) -> None:
             assert record["raw"].split() == record["tokens"]
             assert "[UNK]" not in record["toked_caption"]
     assert len(list((scenes / "images").glob("*.png"))) == 92 + 4 + 32
+
+
+def test_the_set_is_checked_whole(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["data", "check", str(scenes)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    names = ["img/feat_th0.2_max100_min10", "txt/train.db", "txt/val.db", "txt/winoground.db"]
+    assert [line.split(":")[0] for line in lines[::2]] == [f"{scenes}/{name}" for name in names]
+    assert lines[1::2] == ["sound"] * 4
+    shutil.copytree(scenes, tmp_path / "set")
+    (tmp_path / "set" / "txt" / "val.db" / "txt2img.json").write_text("{}")
+    assert cli.main(["data", "check", str(tmp_path / "set")]) == 1
+    assert "txt2img.json says otherwise" in capsys.readouterr().out
 
 
 def test_quadruples_name_records_and_pictures_that_exist(scenes: Path) -> None:

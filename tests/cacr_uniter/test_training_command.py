@@ -97,6 +97,8 @@ def test_the_command_trains_on_databases(databases: Path, tmp_path: Path, capsys
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert saved["optim"]["lr"] == 1e-3
     assert main(["train", "--progress", "false", "--config", str(tmp_path / "run" / "config.yaml")]) == 0
+    path = tmp_path / "run" / "checkpoints" / "step-00000003"
+    assert capsys.readouterr().out.splitlines()[0] == f"was finished after 3 steps; nothing to do: {path}"
 
 
 def test_memory_and_disk_give_the_same_run(databases: Path, tmp_path: Path) -> None:
@@ -173,7 +175,7 @@ def test_a_backend_that_cannot_run_is_refused_before_anything_is_written(
         ([], "no training data: give data.scenes"),
         (["--optim.steps", "0"], "optim.steps is 0"),
         (["--optim.lr", ".nan"], "optim.lr is nan"),
-        (["--optim.warmup", "9999"], "optim.warmup is 9999"),
+        (["--optim.warmup", "9999"], "optim.warmup is 9999: it must lie between 0 and optim.steps (5000)"),
         (["--model.dropout", "1"], "model.dropout is 1"),
         (["--batch.pool", "3"], "batch.pool is 3"),
         (["--batch.pairs_per_forward", "31"], "batch.pairs_per_forward is 31"),
@@ -200,7 +202,7 @@ def test_a_mistake_is_one_sentence_and_status_2(
         ({"batch__pool": 39}, "39 negatives are wanted of 38 captions of other images"),
         ({"model__vocab_size": 20}, "model.vocab_size is 20, the captions use a vocabulary of 30"),
         ({"model__img_dim": 2048}, "model.img_dim is 2048, the region features have 12 numbers"),
-        ({"model__hidden_size": 15}, "hidden_size"),
+        ({"model__hidden_size": 15}, "model.hidden_size: expected a multiple of num_attention_heads=2, got 15"),
         ({"model__freeze_layers": 3}, "model.freeze_layers"),
         ({"model__checkpoint": "/nowhere.pt"}, "/nowhere.pt"),
         ({"data__max_text": 1}, "no caption of at most 1 word pieces"),

@@ -204,6 +204,58 @@ def test_random_scores_are_not_reported(
     assert not (tmp_path / "out").exists()
 
 
+def refusal(world: Path, capsys: pytest.CaptureFixture[str], checkpoint: Path, *words: str) -> str:
+    """What `cacr eval winoground` has against a checkpoint."""
+    capsys.readouterr()
+    argv = ["eval", "winoground", "--checkpoint", str(checkpoint), "--data", str(world / "scenes"), *words]
+    assert cli.main(argv) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    return captured.err
+
+
+def test_a_head_that_nobody_trained_is_refused(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "the itm head of " in refusal(world, capsys, world / "run", "--head", "itm")
+    start = [f"--model.{name}=null" for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")]
+    start += ["--model.intermediate_size=null", "--run.validate_every=2", "--optim.steps=2"]
+    own = tmp_path / "own"
+    shutil.copytree(world / "run" / "checkpoints" / "step-00000003", own)
+    for path in (own / "model.safetensors", own / "state.json"):  # as another program writes them
+        path.unlink()
+    export_safetensors(model_and_data(world)[0], own / "model.safetensors")
+    for name, checkpoint in (("mine", world / "run"), ("both", own)):
+        words = [
+            f"--data.scenes={world / 'scenes'}",
+            f"--run.out={tmp_path / name}",
+            f"--model.checkpoint={checkpoint}",
+        ]
+        assert cli.main(["train", "--preset", "demo", *words, *TINY, *start]) == 0
+    for folder in (tmp_path / "mine", tmp_path / "mine" / "best"):
+        message = refusal(world, capsys, folder, "--head", "itm")
+        assert (
+            "was neither trained nor loaded from other weights: it would score at random; take --head rank" in message
+        )
+    for folder in (tmp_path / "both", tmp_path / "both" / "best", own):
+        words = ["--checkpoint", str(folder), "--data", str(world / "scenes"), "--head", "itm"]
+        assert cli.main(["eval", "winoground", *words]) == 0
+
+
+def test_damaged_weights_are_refused(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One flipped bit leaves a file that can be loaded."""
+    shutil.copytree(world / "run", tmp_path / "run")
+    path = tmp_path / "run" / "checkpoints" / "step-00000003" / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-7] ^= 4
+    path.write_bytes(data)
+    assert f"checkpoint {path.parent} is damaged (model.saf" in refusal(world, capsys, tmp_path / "run")
+    words = [f"--data.scenes={world / 'scenes'}", f"--run.out={tmp_path / 'next'}", *TINY]
+    assert cli.main(["train", "--preset=demo", f"--model.checkpoint={tmp_path / 'run'}", *words]) == 2
+    assert "model.safetensors is not what was written" in capsys.readouterr().err
+    (path.parent / "state.json").unlink()
+    words = ["--checkpoint", str(tmp_path / "run"), "--data", str(world / "scenes")]
+    assert cli.main(["eval", "winoground", *words]) == 0, "weights without checksums are taken as they are"
+
+
 def test_a_ranking_head_made_of_the_matching_head_is_told(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -268,7 +320,7 @@ def test_retrieval_command_and_its_resumption(world: Path, capsys: pytest.Captur
     assert evaluate(world, capsys, "retrieval", "--out", str(tmp_path / "all"), "--block", "3") == whole
     part = evaluate(world, capsys, "retrieval", "--out", str(tmp_path / "some"), "--max-images", "3")
     assert part["images"] == 3
-    again = ["retrieval", "--checkpoint", str(world / "run"), "--data", str(world / "scenes"), "--head", "itm"]
+    again = ["retrieval", *without(tmp_path, model_and_data(world)[0]), "--data", str(world / "scenes"), "--head=itm"]
     assert cli.main(["eval", *again, "--out", str(tmp_path / "all"), "--block", "3"]) == 2
     assert "different head" in capsys.readouterr().err
     shutil.copytree(world / "scenes" / "img", tmp_path / "same")

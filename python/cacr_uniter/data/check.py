@@ -128,6 +128,24 @@ def _check_texts(folder: Path, images: ImageDB | None, progress: Progress | None
     return report
 
 
+def is_scene_set(folder: Path) -> bool:
+    """Whether a folder is laid out as `cacr data scenes` writes it: text databases in `txt`, the image database in
+    `img`."""
+    return (folder / "txt").is_dir() and (folder / "img").is_dir()
+
+
+def check_scene_set(
+    folder: Path, *, rule: BoxRule | None = None, progress: Progress | None = None
+) -> list[CheckReport]:
+    """`check_database` of the image database of a scene set and of each of its text databases, with the images."""
+    images = folder / "img"
+    texts = sorted((folder / "txt").glob("*.db"))
+    return [
+        check_database(images, rule=rule, progress=progress),
+        *(check_database(text, images=images, rule=rule, progress=progress) for text in texts),
+    ]
+
+
 def check_database(
     folder: str | Path,
     *,

@@ -156,8 +156,10 @@ def load_model(
         say: told what was loaded.
 
     Raises:
-        UserError: nothing loadable there, it does not fit the data, or it lacks the head.
+        UserError: nothing loadable there, it is damaged, does not fit the data, or lacks the head or never trained it.
     """
+    from cacr_uniter.training.checkpoint import verify_weights
+
     folder = _run_checkpoint(path)
     if folder is not None:
         if size is not None:
@@ -172,6 +174,7 @@ def load_model(
             f"--checkpoint: {path} has a vocabulary of {config.vocab_size} and region features of {config.img_dim} "
             f"numbers, the data {vocab_size} and {img_dim}; they must belong together"
         )
+    verify_weights(weights)
     model = UniterForRetrieval(config)
     report = load_checkpoint(model, weights)
     lost = [key for key in report.missing if key.startswith(f"{head}_output.")]
@@ -180,6 +183,11 @@ def load_model(
         raise UserError(
             f"--checkpoint: {weights} lacks {', '.join(lost)}{source}: the {head} head would score at random; choose a "
             "head that it has (--head), or fine-tune it first (cacr train)"
+        )
+    if head not in report.heads:
+        raise UserError(
+            f"--checkpoint: the {head} head of {weights} was neither trained nor loaded from other weights: it would "
+            f"score at random; take --head {' or '.join(report.heads)}"
         )
     say(str(report))
     return model.to(device).eval()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -24,6 +24,7 @@ from cacr_uniter.model.dialects import to_published
 from cacr_uniter.model.uniter import UniterForRetrieval
 
 NESTS = ("model_state_dict", "state_dict", "model")
+HEADS = ("rank", "itm")
 PRETRAINING_HEADS = ("cls.", "feat_regress.", "region_classifier.", "heads.")
 TORCH_STARTS = (b"PK", b"\x80")
 """First bytes of a zip archive and of a pickle."""
@@ -44,6 +45,7 @@ class LoadReport:
         unexpected: keys of the file which the model does not have.
         ignored: surplus keys without meaning here: pre-training heads, the position counter of some BERT dumps.
         rank_from_itm: the ranking head was made from row 1 ("match") of the matching head.
+        heads: of `HEADS`, those that the file holds and whose weights, as far as it says, are not random.
         notes: remarks, for example on a dialect.
     """
 
@@ -54,6 +56,7 @@ class LoadReport:
     unexpected: tuple[str, ...]
     ignored: tuple[str, ...]
     rank_from_itm: bool
+    heads: tuple[str, ...]
     notes: tuple[str, ...]
 
     def __str__(self) -> str:
@@ -142,6 +145,20 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     return tensors
 
 
+def heads_record(heads: tuple[str, ...] | None) -> dict[str, str]:
+    """The entry of a safetensors header that tells which heads a run trained or loaded; none where that is unknown."""
+    return {} if heads is None else {"heads": " ".join(heads)}
+
+
+def recorded_heads(path: Path) -> tuple[str, ...] | None:
+    """Inverse of `heads_record`: None for a file that does not tell."""
+    if path.suffix != ".safetensors":
+        return None
+    with safe_open(path, framework="numpy") as file:
+        record = (file.metadata() or {}).get("heads")
+    return None if record is None else tuple(record.split())
+
+
 def _check_shapes(path: Path, state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
     wrong = [key for key in state if key in own and state[key].shape != own[key].shape]
     if wrong:
@@ -198,6 +215,8 @@ def load_checkpoint(model: UniterForRetrieval, path: str | Path, strict: bool = 
             )
     taken = {key: value.to(own[key].dtype) for key, value in state.items() if key in own}
     model.load_state_dict(taken, strict=False)
+    recorded = recorded_heads(path)
+    whole = [head for head in HEADS if not any(key.startswith(f"{head}_output.") for key in missing)]
     return LoadReport(
         path=str(path),
         dialect=dialect,
@@ -206,6 +225,7 @@ def load_checkpoint(model: UniterForRetrieval, path: str | Path, strict: bool = 
         unexpected=tuple(unexpected),
         ignored=tuple(ignored),
         rank_from_itm=rank_from_itm,
+        heads=tuple(head for head in whole if recorded is None or head in recorded),
         notes=tuple(notes),
     )
 

@@ -1,7 +1,8 @@
 """The weights that did best in a validation, kept in ``best`` beside the newest checkpoints.
 
-``best/uniter.json`` holds the sizes, ``best/model.safetensors`` the weights and, in its header, step, metric and value;
-the one file is written beside and renamed, so that a kill leaves the old weights or the new ones.
+``best/uniter.json`` holds the sizes, ``best/model.safetensors`` the weights and, in its header, step, metric, value and
+heads; the one file is written beside and renamed, so that a kill leaves the old weights or the new ones.
+``best/checksums.json`` is taken away before and written after it: a kill between leaves weights without checksums.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from safetensors.torch import save_file
 
 from cacr_uniter.files import flush, replacing, write_json
 from cacr_uniter.model import UniterForRetrieval
-from cacr_uniter.training.checkpoint import MODEL, SIZES, plain_tensors, readable_errors
+from cacr_uniter.model.checkpoint import heads_record
+from cacr_uniter.training.checkpoint import MODEL, SIZES, SUMS, checksum, plain_tensors, readable_errors
 
 BEST = "best"
 #: value of a validation record that is to be large
@@ -35,10 +37,11 @@ class Best:
         out: folder of the run.
         metric: one of ``METRICS``, or ``none`` to keep no weights.
         start: steps already done. Weights of a later step, left by a run that was killed, give way to the next ones.
+        heads: heads that the run trained or loaded, if that is known.
     """
 
-    def __init__(self, out: Path, metric: str, start: int = 0) -> None:
-        self.folder, self.metric = out / BEST, metric
+    def __init__(self, out: Path, metric: str, start: int = 0, heads: tuple[str, ...] | None = None) -> None:
+        self.folder, self.metric, self.heads = out / BEST, metric, heads
         self.step, self.value = -1, -math.inf
         found = _header(self.folder / MODEL)
         if found.get("metric") == metric and int(found["step"]) <= start:
@@ -55,12 +58,16 @@ class Best:
         value = METRICS[self.metric](record)
         if not value > self.value:
             return False
-        header = {"step": str(record["step"]), "metric": self.metric, "value": repr(value)}
+        header = {"step": str(record["step"]), "metric": self.metric, "value": repr(value), **heads_record(self.heads)}
         with readable_errors(f"best weights {self.folder}"):
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / SIZES, model.config.to_dict())
             with replacing(self.folder / MODEL) as partial:
                 save_file(plain_tensors(model.state_dict()), partial, metadata=header)
+                sums = {MODEL: checksum(partial), SIZES: checksum(self.folder / SIZES)}
+                (self.folder / SUMS).unlink(missing_ok=True)
+                flush(self.folder)
+            write_json(self.folder / SUMS, {"crc32": sums})
             flush(self.folder)
         self.step, self.value = record["step"], value
         return True

@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 from cacr_uniter.errors import UserError
 from cacr_uniter.model import UniterConfig, UniterForRetrieval
 from cacr_uniter.model.checkpoint import LoadReport, load_checkpoint
-from cacr_uniter.training.checkpoint import MODEL, SIZES, newest
+from cacr_uniter.training.checkpoint import MODEL, SIZES, newest, verify_weights
 from cacr_uniter.training.config import ModelConfig, RunConfig
 from cacr_uniter.training.sizes import parse_size, show_size
 
@@ -104,7 +104,7 @@ def model_config(config: ModelConfig, vocab_size: int, img_dim: int) -> UniterCo
     try:
         made = dataclasses.replace(sizes, **given)
     except ValueError as error:
-        raise UserError(f"model: {error}") from error
+        raise UserError(str(error).replace("UniterConfig.", "model.")) from error
     if made.vocab_size < vocab_size:
         raise UserError(
             f"model.vocab_size is {made.vocab_size}, the captions use a vocabulary of {vocab_size}: the checkpoint and "
@@ -118,8 +118,11 @@ def model_config(config: ModelConfig, vocab_size: int, img_dim: int) -> UniterCo
 def build_model(config: ModelConfig, sizes: UniterConfig, seed: int) -> tuple[UniterForRetrieval, LoadReport | None]:
     """A model with the weights of ``checkpoint``, or random ones of ``seed``; dropout and frozen layers are set."""
     torch.manual_seed(seed)
-    model = UniterForRetrieval(sizes)
-    report = None if config.checkpoint is None else load_checkpoint(model, starting_point(config.checkpoint)[0])
+    model, report = UniterForRetrieval(sizes), None
+    if config.checkpoint is not None:
+        weights = starting_point(config.checkpoint)[0]
+        verify_weights(weights)
+        report = load_checkpoint(model, weights)
     model.set_dropout(config.dropout)
     try:
         model.freeze_layers(config.freeze_layers)

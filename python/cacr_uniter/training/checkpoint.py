@@ -1,6 +1,7 @@
 """Checkpoints: written whole or not at all, read without executing anything.
 
-A checkpoint is the folder ``step-00000500`` with ``model.safetensors`` (published keys), ``optimizer.safetensors``,
+A checkpoint is the folder ``step-00000500`` with ``model.safetensors`` (published keys; its header tells which heads
+were trained or loaded), ``optimizer.safetensors``,
 ``uniter.json`` (model sizes) and ``state.json`` (step, configuration, sizes and checksums of the other files). It is
 written as ``.part-step-...``, flushed to the disk and renamed: under its final name it is complete.
 """
@@ -26,9 +27,12 @@ from torch import Tensor
 
 from cacr_uniter.errors import UserError
 from cacr_uniter.files import flush, parse_json
+from cacr_uniter.model.checkpoint import heads_record, recorded_heads
 
 FORMAT = 1
 MODEL, OPTIMIZER, SIZES, STATE = "model.safetensors", "optimizer.safetensors", "uniter.json", "state.json"
+#: checksums of weights that are kept without the state of a run
+SUMS = "checksums.json"
 NAME = re.compile(r"step-(\d{8,})")
 PART = ".part-"
 
@@ -44,6 +48,7 @@ class Checkpoint:
         model_config: model sizes.
         config: the run's configuration.
         extra: further plain values (loss scale).
+        heads: heads that the run trained or loaded; None if an older checkpoint does not tell.
     """
 
     step: int
@@ -52,6 +57,7 @@ class Checkpoint:
     model_config: dict[str, Any]
     config: dict[str, Any]
     extra: dict[str, Any]
+    heads: tuple[str, ...] | None
 
 
 def newest(folder: Path) -> Path | None:
@@ -86,8 +92,8 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
-        for name, tensors in ((MODEL, checkpoint.model), (OPTIMIZER, checkpoint.optimizer)):
-            save_file(plain_tensors(tensors), part / name)
+        save_file(plain_tensors(checkpoint.model), part / MODEL, metadata=heads_record(checkpoint.heads))
+        save_file(plain_tensors(checkpoint.optimizer), part / OPTIMIZER)
         (part / SIZES).write_text(json.dumps(checkpoint.model_config, indent=2), encoding="utf-8")
         state = {
             "format": FORMAT,
@@ -95,7 +101,7 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
             "config": checkpoint.config,
             "extra": checkpoint.extra,
             "bytes": {name: (part / name).stat().st_size for name in (MODEL, OPTIMIZER, SIZES)},
-            "crc32": {name: _sum(part / name) for name in (MODEL, OPTIMIZER, SIZES)},
+            "crc32": {name: checksum(part / name) for name in (MODEL, OPTIMIZER, SIZES)},
         }
         (part / STATE).write_text(json.dumps(state, indent=2), encoding="utf-8")
         for path in (*part.iterdir(), part):
@@ -134,10 +140,17 @@ def load(path: Path) -> Checkpoint:
     if state.get("format") != FORMAT:
         raise UserError(f"checkpoint {path}: format {state.get('format')!r}, this program reads {FORMAT}")
     try:
-        _check_files(path, state["bytes"], state.get("crc32", {}))
-        model, optimizer = load_file(path / MODEL), load_file(path / OPTIMIZER)
+        reason = _difference(path, state["bytes"], state.get("crc32", {}))
+        if reason is not None:
+            raise _damaged(path, reason)
         return Checkpoint(
-            int(state["step"]), model, optimizer, _read_json(path, SIZES), dict(state["config"]), dict(state["extra"])
+            step=int(state["step"]),
+            model=load_file(path / MODEL),
+            optimizer=load_file(path / OPTIMIZER),
+            model_config=_read_json(path, SIZES),
+            config=dict(state["config"]),
+            extra=dict(state["extra"]),
+            heads=recorded_heads(path / MODEL),
         )
     except (OSError, SafetensorError) as error:
         raise _damaged(path, str(error)) from error
@@ -145,19 +158,40 @@ def load(path: Path) -> Checkpoint:
         raise _damaged(path, f"{STATE} is not as it was written: {type(error).__name__} {error}") from error
 
 
-def _check_files(path: Path, sizes: dict[str, int], sums: dict[str, int]) -> None:
-    """Compares the files with what was written; older checkpoints have no sums."""
+def verify_weights(path: Path) -> None:
+    """Compares a run's weights, and the sizes beside them, with the checksums in their folder.
+
+    Weights without checksums, of other programs or older runs, are taken as they are.
+
+    Raises:
+        UserError: a file is not what was written.
+    """
+    for record in (path.with_name(STATE), path.with_name(SUMS)):
+        if path.name != MODEL or not record.is_file():
+            continue
+        try:
+            sums = parse_json(record.read_text(encoding="utf-8"))["crc32"]
+            reason = _difference(path.parent, {}, {name: sums[name] for name in (MODEL, SIZES)})
+        except (KeyError, TypeError):  # none in it
+            continue
+        except (OSError, ValueError) as error:
+            reason = f"{record.name}: {error}"
+        if reason is not None:
+            raise UserError(f"checkpoint {path.parent} is damaged ({reason}): copy it again, or take another one")
+
+
+def _difference(path: Path, sizes: dict[str, int], sums: dict[str, int]) -> str | None:
+    """How the files differ from what was written, if they do; older checkpoints have no sums."""
     for name, size in sizes.items():
         actual = (path / name).stat().st_size if (path / name).is_file() else None
         if actual != size:
             came = "it is missing" if actual is None else f"it has {actual}"
-            raise _damaged(path, f"{name} should have {size} bytes, {came}")
-    for name, expected in sums.items():
-        if _sum(path / name) != expected:
-            raise _damaged(path, f"{name} is not what was written")
+            return f"{name} should have {size} bytes, {came}"
+    changed = [name for name, expected in sums.items() if checksum(path / name) != expected]
+    return f"{changed[0]} is not what was written" if changed else None
 
 
-def _sum(path: Path) -> int:
+def checksum(path: Path) -> int:
     """CRC-32 of a file."""
     found = 0
     with path.open("rb") as stream:

@@ -93,7 +93,7 @@ def check(config: TrainConfig, processes: int = 1) -> None:
             "pairs: a group is compared inside one forward; raise it or lower batch.negatives"
         )
     if optim.warmup < 0 or optim.warmup > optim.steps:
-        raise UserError(f"optim.warmup is {optim.warmup}: give 0 to optim.steps ({optim.steps})")
+        raise UserError(f"optim.warmup is {optim.warmup}: it must lie between 0 and optim.steps ({optim.steps})")
     if not 0 <= run.seed < 2**63:
         raise UserError(f"run.seed is {run.seed}: give a whole number from 0 to 2^63 - 1")
     if not all(0 <= beta < 1 for beta in optim.betas):

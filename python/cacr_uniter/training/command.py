@@ -221,8 +221,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = train(_config(values), progress=values["progress"])
     if not PartialState().is_main_process:
         return 0
-    state = "finished" if result.finished else "stopped; the same command continues"
-    print(f"{state} after {result.step} steps, {result.seconds:.0f} s: {result.checkpoint_path}")
+    after = f"after {result.step} steps, {result.seconds:.0f} s"
+    if result.start == result.step:
+        state = f"was finished after {result.step} steps; nothing to do"
+    else:
+        state = f"finished {after}" if result.finished else f"stopped; the same command continues {after}"
+    print(f"{state}: {result.checkpoint_path}")
     if result.best_path is not None:
         print(f"best on validation: {result.best_path}")
     return 0

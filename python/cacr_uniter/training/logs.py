@@ -9,8 +9,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.measure import Measurement
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+from rich.table import Column
+from rich.text import Text
 
 from cacr_uniter.files import parse_json, write_text
 from cacr_uniter.training.checkpoint import readable_errors
@@ -18,6 +21,8 @@ from cacr_uniter.training.sizes import show_size, show_time
 
 #: where no terminal can show a bar: shares of the run after which a plain line is printed, and the most seconds between
 PLAIN_LINES, PLAIN_SECONDS = 20, 60.0
+#: between the numbers of a line
+GAP = "  "
 
 
 def read_log(path: Path, last_step: int) -> list[dict[str, Any]]:
@@ -82,6 +87,32 @@ class RunLog:
             self._events.close()
 
 
+class Numbers:
+    """The numbers of a line, those at its end left out where it is too narrow for them."""
+
+    def __init__(self, line: str) -> None:
+        self.line = line
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        shown = self.line
+        while len(shown) > options.max_width:
+            shown = shown.rpartition(GAP)[0]
+        yield Text(shown, no_wrap=True)
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement(0, len(self.line))
+
+
+class NumbersColumn(ProgressColumn):
+    """The column that a narrow terminal makes narrower: the others keep their width."""
+
+    def __init__(self) -> None:
+        super().__init__(Column(no_wrap=False))
+
+    def render(self, task: Task) -> Numbers:
+        return Numbers(task.fields["numbers"])
+
+
 class Display:
     """A progress bar with the run's numbers on a terminal, a line at least once a minute elsewhere.
 
@@ -101,12 +132,11 @@ class Display:
         self._interval = max(1, steps // PLAIN_LINES)
         self._next = (done // self._interval + 1) * self._interval
         self._progress = Progress(
-            TextColumn("training"),
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("{task.fields[left]}"),
-            TextColumn("{task.fields[numbers]}"),
+            NumbersColumn(),
             console=self.console,
             refresh_per_second=2,
             disable=not self._bar,
@@ -143,11 +173,16 @@ class Display:
 
 
 def describe(record: dict[str, Any]) -> str:
-    """One line of a training record."""
+    """One line of a training record, the numbers that matter most first."""
     norm, skipped = record["grad_norm"], record.get("skipped", 0)
-    overflow = f"  {skipped} skipped, loss scale {record['loss_scale']:.3g}" if skipped else ""
-    return (
-        f"match {record['matching']:.4f}  aux {record['auxiliary']:.4f} x {record['auxiliary_weight']:.3g}  "
-        f"first {100 * record['first']:.0f}%  lr {record['lr']:.2e}  grad {'-' if norm is None else f'{norm:.2f}'}  "
-        f"{show_size(record['memory'])}  {record['pairs_per_second']:.0f} pairs/s{overflow}"
-    )
+    numbers = [
+        f"{record['pairs_per_second']:.0f} pairs/s",
+        f"match {record['matching']:.4f}",
+        f"aux {record['auxiliary']:.4f} x {record['auxiliary_weight']:.3g}",
+        f"first {100 * record['first']:.0f}%",
+        *([f"{skipped} skipped, loss scale {record['loss_scale']:.3g}"] if skipped else []),
+        f"lr {record['lr']:.2e}",
+        f"grad {'-' if norm is None else f'{norm:.2f}'}",
+        show_size(record["memory"]),
+    ]
+    return GAP.join(numbers)

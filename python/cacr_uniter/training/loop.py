@@ -71,6 +71,7 @@ class Loop:
         validation: validation pairs, or none.
         evaluate: further evaluation of the main process, or none.
         extra: plain values of the checkpoint that the run resumes.
+        heads: heads that the run trains or loaded, for checkpoints; None if an older part of the run does not tell.
     """
 
     def __init__(
@@ -84,10 +85,11 @@ class Loop:
         validation: PairSource | None,
         evaluate: Evaluation | None,
         extra: dict[str, Any],
+        heads: tuple[str, ...] | None,
     ) -> None:
         self.config, self.stepper, self.optimizer = config, stepper, optimizer
         self.log, self.display, self.best = log, display, best
-        self.validation, self.evaluate = validation, evaluate
+        self.validation, self.evaluate, self.heads = validation, evaluate, heads
         self.folder = Path(config.run.out) / "checkpoints"
         self.accelerator = stepper.accelerator
         #: matching, auxiliary, first, groups, norm, skipped (which older checkpoints lack)
@@ -225,6 +227,7 @@ class Loop:
                     model_config=self.stepper.model.config.to_dict(),
                     config=self.config.as_dict(),
                     extra=extra,
+                    heads=self.heads,
                 ),
                 self.config.run.keep,
             )

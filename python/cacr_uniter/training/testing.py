@@ -90,11 +90,10 @@ def small_config(out: Path | str, **fields: Any) -> TrainConfig:
     return load_config(None, [word for name, value in values.items() for word in (f"--{name}", str(value))])
 
 
-def small_run(config: TrainConfig, **options: Any) -> TrainResult:
+def small_run(config: TrainConfig, progress: bool = False, **options: Any) -> TrainResult:
     """Runs a configuration on the synthetic pairs."""
-    return train_on(
-        config, build_accelerator(config.run), synthetic_source(), vocab_size=VOCABULARY, progress=False, **options
-    )
+    accelerator, source = build_accelerator(config.run), synthetic_source()
+    return train_on(config, accelerator, source, vocab_size=VOCABULARY, progress=progress, **options)
 
 
 def numbers(history: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ from cacr_uniter.errors import ProcessError, UserError
 from cacr_uniter.evaluation.matrix import weights_digest
 from cacr_uniter.files import write_text
 from cacr_uniter.model import UniterForRetrieval
+from cacr_uniter.model.checkpoint import HEADS
 from cacr_uniter.training import checkpoint as checkpoints
 from cacr_uniter.training.best import BEST, Best
 from cacr_uniter.training.build import build_accelerator, build_model, model_config
@@ -47,6 +48,7 @@ class TrainResult:
         checkpoint_path: newest checkpoint, a folder with ``model.safetensors`` and ``uniter.json``.
         step: optimizer steps done.
         finished: false if a signal stopped the run before its last step.
+        start: optimizer steps done before this part of the run.
         best_path: folder of the weights that did best in a validation, if some were kept.
         history: records of the log (main process only); ``event`` is ``train``, ``validation``, ``evaluation``
             or ``weights``: what a checkpoint gave to the model.
@@ -58,6 +60,7 @@ class TrainResult:
     checkpoint_path: Path
     step: int
     finished: bool
+    start: int
     history: list[dict[str, Any]]
     seconds: float
     best_path: Path | None = None
@@ -119,10 +122,13 @@ def train_on(
     parameters = trained_parameters(model)
     optimizer = build_optimizer(parameters, config.optim)
     start, extra = 0, {}
+    known = ("rank",) if loaded is None else ("rank", *loaded.heads)
+    heads: tuple[str, ...] | None = tuple(head for head in HEADS if head in known)
     if resumed is not None:
-        start, extra = resumed.step, resumed.extra
-        model.load_state_dict(resumed.model)
-        checkpoints.restore_optimizer(optimizer, resumed.optimizer)
+        origin, found = resumed
+        start, extra, heads = found.step, found.extra, found.heads
+        model.load_state_dict(found.model)
+        checkpoints.restore_optimizer(optimizer, found.optimizer)
         if accelerator.scaler is not None and "scaler" in extra:
             accelerator.scaler.load_state_dict(extra["scaler"])
     _agree(config, start, model, accelerator)
@@ -130,13 +136,16 @@ def train_on(
     stepper = Stepper(model, list(parameters.values()), prepared, config, source, accelerator)
     main = accelerator.is_main_process
     with _folder(config, out, accelerator):
-        log, best = RunLog(out, start, config.run.tensorboard, main), Best(out, config.run.best, start)
+        log, best = RunLog(out, start, config.run.tensorboard, main), Best(out, config.run.best, start, heads)
         try:
             with Display(config.optim.steps, start, progress and main) as display:
+                if resumed is not None and start < config.optim.steps:
+                    display.say(f"continues from {origin}")
                 if loaded is not None and resumed is None:
                     display.say(str(loaded))
                     log.write({"event": "weights", "step": start, "report": str(loaded)})
-                done = Loop(config, stepper, optimizer, log, display, best, validation, evaluate, extra).run(start)
+                loop = Loop(config, stepper, optimizer, log, display, best, validation, evaluate, extra, heads)
+                done = loop.run(start)
         finally:
             log.close()
         accelerator.wait_for_everyone()
@@ -145,7 +154,7 @@ def train_on(
         if path is None:
             raise ProcessError(f"run.out {out} holds no checkpoint here: it must be one folder that all nodes share")
         seconds = time.monotonic() - started
-        result = TrainResult(out, path, done, done == config.optim.steps, log.history, seconds, best.path)
+        result = TrainResult(out, path, done, done == config.optim.steps, start, log.history, seconds, best.path)
         if not (config.run.report and main and result.finished):
             return result
         with checkpoints.readable_errors(f"report {out / REPORT}"):
@@ -153,8 +162,8 @@ def train_on(
         return replace(result, report_path=out / REPORT)
 
 
-def _resumed(config: TrainConfig, out: Path) -> checkpoints.Checkpoint | None:
-    """The checkpoint that the run goes on from, if any; writes nothing."""
+def _resumed(config: TrainConfig, out: Path) -> tuple[Path, checkpoints.Checkpoint] | None:
+    """Folder and content of the checkpoint that the run goes on from, if any; writes nothing."""
     if config.run.overwrite:
         return None
     last, resume = checkpoints.newest(out / CHECKPOINTS), config.run.resume
@@ -181,7 +190,7 @@ def _resumed(config: TrainConfig, out: Path) -> checkpoints.Checkpoint | None:
             f"run.resume {path} has done all {config.optim.steps} steps: nothing is left to do in {out}; a new run "
             "starts from its weights with model.checkpoint"
         )
-    return found
+    return path, found
 
 
 def _agree(config: TrainConfig, start: int, model: UniterForRetrieval, accelerator: Accelerator) -> None:
