@@ -127,10 +127,6 @@ class _Congruence(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def jvp(ctx: Any, *_: Any) -> Any:
-        raise RuntimeError(f"fused_cacr has no forward-mode derivative{_REFERENCE}")
-
-    @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Any, ...]:
         table, *tensors = ctx.saved_tensors
         inputs, saved = tensors[: ctx.n_inputs], tensors[ctx.n_inputs :]

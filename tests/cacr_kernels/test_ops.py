@@ -242,7 +242,7 @@ def test_torch_func_is_refused_in_words(kernel, device):
         torch.func.vmap(function)(attn)
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(attn, attn)
-        with pytest.raises(RuntimeError, match=r"forward-mode.*backend='reference'"):
+        with pytest.raises(NotImplementedError, match="forward mode AD"):  # of torch: Dynamo wants no jvp of ours
             function(dual)
 
 
