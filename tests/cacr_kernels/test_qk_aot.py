@@ -47,7 +47,9 @@ for d in (64, 72):
 def test_heads_that_16_does_not_divide_are_copied_16_bytes_at_a_time():
     done = run("-c", COPIES)
     assert done.returncode == 0, done.stderr
-    for line in done.stdout.splitlines():
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2
+    for line in lines:
         wide, every = map(int, line.split())
         assert wide == every > 0
 

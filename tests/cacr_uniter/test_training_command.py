@@ -15,7 +15,7 @@ from cacr_uniter.cli import main
 from cacr_uniter.data.testing import Payload
 from cacr_uniter.errors import UserError
 from cacr_uniter.study import VARIANTS
-from cacr_uniter.training import TrainConfig, train
+from cacr_uniter.training import TrainConfig, train, trainer
 from cacr_uniter.training.checks import check
 from cacr_uniter.training.command import load_config, presets
 from cacr_uniter.training.sizes import parse_size, show_size
@@ -99,6 +99,17 @@ def test_the_command_trains_on_databases(databases: Path, tmp_path: Path, capsys
     assert main(["train", "--progress", "false", "--config", str(tmp_path / "run" / "config.yaml")]) == 0
     path = tmp_path / "run" / "checkpoints" / "step-00000003"
     assert capsys.readouterr().out.splitlines()[0] == f"was finished after 3 steps; nothing to do: {path}"
+
+
+def test_a_run_that_is_stopped_before_a_step_is_not_called_finished(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped = trainer.TrainResult(
+        tmp_path, tmp_path / "step-00000003", step=3, finished=False, start=3, history=[], seconds=1.0
+    )
+    monkeypatch.setattr(trainer, "train", lambda *_, **__: stopped)
+    assert main(["train", "--progress", "false"]) == 0
+    assert capsys.readouterr().out.startswith("stopped; the same command continues after 3 steps")
 
 
 def test_memory_and_disk_give_the_same_run(databases: Path, tmp_path: Path) -> None:

@@ -222,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not PartialState().is_main_process:
         return 0
     after = f"after {result.step} steps, {result.seconds:.0f} s"
-    if result.start == result.step:
+    if result.finished and result.start == result.step:
         state = f"was finished after {result.step} steps; nothing to do"
     else:
         state = f"finished {after}" if result.finished else f"stopped; the same command continues {after}"
