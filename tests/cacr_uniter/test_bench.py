@@ -1,5 +1,6 @@
 """What `cacr bench` leaves behind: files, the machine's name, order, pictures and words of a whole run."""
 
+import dataclasses
 import signal
 import subprocess
 from pathlib import Path
@@ -9,8 +10,9 @@ import pytest
 import torch
 
 from cacr_uniter import cli
-from cacr_uniter.benchmark import contenders, machine, pool, results, run, summary, worker
+from cacr_uniter.benchmark import ahead, contenders, machine, pool, results, run, summary, worker
 from cacr_uniter.benchmark.machine import provenance, slug
+from cacr_uniter.benchmark.measure import Job
 from cacr_uniter.benchmark.plots import draw
 from cacr_uniter.benchmark.run import Plan, run_benchmark
 from cacr_uniter.benchmark.shapes import Shape, parse_shapes, preset_shapes
@@ -218,6 +220,71 @@ def test_what_takes_too_long_or_comes_too_late_is_skipped_in_words(tmp_path, mon
     late = Plan((SHAPE,), ("float32",), ("scores",), "cpu", 0.001, 1, 5.0, budget=0.0, threads=1)
     assert {row["note"] for row in run_benchmark(late, tmp_path, lambda *_: None)} == {pool.LATE}
     assert "--budget" in pool.LATE
+
+
+def test_only_what_is_missing_is_measured_again(measured, monkeypatch):
+    out, _ = measured
+    monkeypatch.setattr(run, "measured_ceilings", lambda *_: CEILINGS)
+    monkeypatch.setattr(run, "run_tasks", lambda *_, **__: pytest.fail("everything is known"))
+    shapes = (Shape("square-8", 1, 2, 4, 4, 16),)
+    plan = Plan(shapes, ("float32",), ("scores",), "cpu", 0.001, 1, 5.0, contenders=("eager", "bmm"), missing=True)
+    assert run_benchmark(plan, out, lambda *_: None) == []
+    origin = machine.provenance("cpu")
+    assert len(run.settled(out, origin)) == 8
+    assert run.settled(out, origin | {"commit": "another"}) == set()
+    assert run.settled(out / "missing", origin) == set()
+
+
+def test_a_gpus_ceilings_hold_for_minutes(tmp_path, monkeypatch):
+    origin = machine.provenance("cpu")
+    monkeypatch.setattr(run, "provenance", lambda device: origin)
+    found = {"copy": 2e9, "exp": 1e9}
+    monkeypatch.setattr(run, "run_tasks", lambda *_, **__: [(0, [found])])
+    assert run._recent_ceilings("cuda", tmp_path) is None
+    assert run.measured_ceilings("cuda", tmp_path, 0.1) == found
+    assert run._recent_ceilings("cuda", tmp_path) == found
+    assert run._recent_ceilings("cpu", tmp_path) is None
+    origin = origin | {"date": "2999-01-01T00:00:00Z"}
+    assert run._recent_ceilings("cuda", tmp_path) is None
+
+
+def test_compiling_has_time_before_its_first_answer():
+    plan = Plan((SHAPE,), ("float32",), ("scores",), "cuda", 0.1, 1, 5.0, budget=60.0)
+    jobs = {
+        name: Job(SHAPE.as_dict(), "float32", "scores", "scores", name, "cuda", 0.1)
+        for name in contenders.PEERS["scores"]
+    }
+    patience = {name: run._patience(plan, job) for name, job in jobs.items()}
+    assert patience["eager"] == 30 < patience["compiled"] < patience["compiled-max"]
+    assert run._patience(dataclasses.replace(plan, budget=float("inf")), jobs["eager"]) == 320
+
+
+def test_what_compiles_ahead_is_in_the_plans_order_and_triton_does_not_depend_on_the_batch(monkeypatch):
+    ready = {name: SimpleNamespace(available=True) for name in contenders.OURS}
+    monkeypatch.setattr(contenders, "backends", lambda: ready)
+    shapes = (SHAPE, dataclasses.replace(SHAPE, name="more", batch=9))
+    plan = Plan(shapes, ("bfloat16",), ("scores",), "cuda", 0.1, 1, 5.0, variants=("scores",))
+    found = [(job.contender, job.shape["name"]) for job in ahead.compiling(plan)]
+    peers = [(name, shape) for name in ("compiled", "compiled-max") for shape in ("small", "more")]
+    assert found == [("triton", "small"), *peers]
+
+
+def test_compile_only_measures_nothing_and_says_what_failed(capsys, tmp_path):
+    words = [
+        "--device",
+        "cpu",
+        "--shapes",
+        "1x2x3x5x16",
+        "--variants",
+        "scores",
+        "--kinds",
+        "scores",
+        "--out",
+        str(tmp_path),
+    ]
+    assert cli.main(["bench", *words, "--contenders", "compiled", "eager", "--compile-only"]) == 0
+    assert capsys.readouterr().out.splitlines() == ["1x2x3x5x16 float32 scores scores compiled: ok"]
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_compiles_for_long_comes_last_on_a_gpu(monkeypatch):

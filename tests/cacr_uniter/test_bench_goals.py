@@ -53,6 +53,12 @@ def test_goals_are_held_against_the_faster_of_ours():
     }
 
 
+def test_the_compiled_peer_is_the_faster_of_both():
+    found = {goal: measured for goal, _, measured, _ in goals([*ROWS, row("compiled-max", 0.5)])}
+    assert found["3 times faster than compiled-max"] == "2x"
+    assert "3.5x" not in found.values()
+
+
 @pytest.mark.parametrize("fields", [{"status": "oom"}, {"timer": "events"}, {"contender": "cpu"}])
 def test_without_a_replayed_measurement_of_ours_there_is_nothing_to_judge(fields):
     assert goals([row("triton", 0.25) | fields, row("compiled", 0.7)]) == []

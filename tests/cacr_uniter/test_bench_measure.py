@@ -31,7 +31,7 @@ def test_work_of_the_score_variant_counts_its_products_and_bytes():
     shape = Shape("uniter", 128, 12, 60, 100)
     both = work(shape, "scores", "scores", "cpu", "both", "float32")
     assert both.flops == 12 * 60 * 100 * 160 * 1536
-    assert both.bytes == 3 * 160 * 160 * 4 * 1536
+    assert both.bytes == 2 * 160 * 160 * 4 * 1536  # S read once, dS written: the gradient can be formed in the forward
     forward = work(shape, "scores", "scores", "cpu", "forward", "float32")
     assert forward.exps == both.exps == 2 * (60**2 + 100**2) * 1536
 
@@ -100,6 +100,18 @@ def test_our_kernel_takes_part(variant):
 def test_the_compiled_closed_form_is_measured():
     rows = list(measure.measure(job("compiled")))
     assert [row["status"] for row in rows] == ["ok"] * 3, rows
+
+
+def test_first_calls_compile_what_is_measured_and_yield_nothing(monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        measure, "make_inputs", lambda shape, *x: made.append(shape) or contenders.make_inputs(shape, *x)
+    )
+    measure._inputs.cache_clear()
+    assert list(measure.first_calls(job("compiled"))) == []
+    (row,) = measure.first_calls(job("triton", shape=Shape("big", 64, 12, 3, 5, 16).as_dict()))
+    assert "triton" in row["note"]  # it cannot run on a CPU
+    assert [(shape.batch, shape.heads) for shape in made] == [(1, 2), (1, 2)]
 
 
 def test_a_wrong_contender_is_not_timed(monkeypatch):
@@ -260,6 +272,30 @@ def test_an_interrupted_job_leaves_no_process_and_no_watch(monkeypatch):
     assert begun[0].poll() == -signal.SIGKILL
     watches = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
     assert all(watch.finished.is_set() for watch in watches)
+
+
+def test_tasks_run_side_by_side_and_a_dead_process_takes_only_its_own_with_it():
+    small = ("first", measure_job_dict("bmm"))
+    wrong = ("first", measure_job_dict("cuda"))
+    rows = pool.run_side_by_side([("nothing", {}), small, small, wrong], "cpu", 2, 60.0)
+    assert [row["status"] for row in rows[0]] == ["error"]
+    assert "KeyError" in rows[0][0]["note"]
+    assert rows[1:3] == [[], []]
+    assert [row["status"] for row in rows[3]] == ["error"]
+
+
+def test_what_has_no_time_side_by_side_says_so():
+    slow = measure_job_dict("loop") | {"shape": Shape("l", 1, 1, 200, 200).as_dict()}
+    rows = pool.run_side_by_side([("first", slow), ("first", measure_job_dict("bmm"))], "cpu", 1, 3.0)
+    assert [[(row["status"], row["note"]) for row in found] for found in rows] == [[("skipped", pool.LATE)]] * 2
+
+
+def test_rows_come_as_soon_as_they_exist():
+    answers = pool.stream_tasks([("kernel", measure_job_dict("bmm")), ("nothing", {})], "cpu", threads=1)
+    index, row = next(answers)
+    assert (index, row["direction"]) == (0, "forward")
+    rest = [(index, None if row is None else row["status"]) for index, row in answers]
+    assert rest == [(0, "ok"), (0, "ok"), (0, None), (1, "error"), (1, None)]
 
 
 def test_a_job_beyond_the_memory_limit_is_out_of_memory():

@@ -1,6 +1,7 @@
 """What `cacr bench` adds to kernels: ceilings, numerics, training, the report about a GPU."""
 
 import argparse
+import dataclasses
 import sys
 from types import SimpleNamespace
 
@@ -10,11 +11,11 @@ import torch
 from cacr_kernels import backends
 from cacr_uniter import cli
 from cacr_uniter.benchmark import (
+    calls,
     ceilings,
     contenders,
     numerics,
     results,
-    sanitized,
     training_cost,
     training_run,
 )
@@ -192,18 +193,27 @@ def test_a_row_names_the_backend_of_its_loss(monkeypatch):
     assert found == {"none": "", "eager": "reference", "fused": "cuda", "qk": "reference", "recipe": "cuda"}
 
 
-def test_the_sanitizer_script_calls_every_kind_and_dtype(capsys):
-    chosen = sanitized.cases("cpu", ["reference"], ((2, 3),))
-    assert sanitized.call_everything(chosen) == 3 + 3 + 2 + 2 * 3  # kind "probs" has no q and k
+def test_the_sanitizer_sees_every_kind_dtype_and_form(capsys):
+    chosen = calls.cases("cpu", ["reference"], ((2, 3),))
+    assert len(chosen) == len(set(chosen)) == 4 + 4 + 2 + 2 * 4  # kind "probs" has no q and k
+    assert calls.call_everything(chosen) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(chosen)
-    assert {word for line in lines for word in line.split(", ")} >= {"softmax", "probs", "float16: 3 calls"}
+    assert {word for line in lines for word in line.split(", ")} >= {"softmax", "probs", "float16", "qk ragged: ok"}
+    with_cuda = calls.cases("cpu", ["triton", "cuda"], ((2, 3),))
+    assert {case.form for case in with_cuda if case.backend == "cuda"} == {"equal", "ragged"}
+    assert [case.backend for case in with_cuda[:2]] == ["triton", "cuda"]
 
 
-def test_several_processes_share_the_calls():
-    assert sanitized.call_everything(sanitized.cases("cpu", ["reference"], ((2, 3),))[:2], 2) == 6
+def test_several_processes_share_the_calls_and_one_that_fails_is_a_line(capsys):
+    good = calls.cases("cpu", ["reference"], ((2, 3),))[:3]
+    wrong = dataclasses.replace(good[0], backend="cuda")
+    assert calls.call_everything([wrong, *good], 2) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("cuda, 2 x 3, scores, float32, equal: error ValueError: ")
+    assert [line.rsplit(": ", 1)[1] for line in lines[1:]] == ["ok"] * 3
 
 
 def test_before_8_0_nothing_is_called_in_bfloat16(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    assert sanitized.dtypes_of("cuda") == [torch.float32, torch.float16]
+    assert calls.dtypes_of("cuda") == ["float32", "float16"]

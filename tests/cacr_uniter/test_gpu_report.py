@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from cacr_uniter import cli
-from cacr_uniter.benchmark import gpu_report, machine
+from cacr_uniter.benchmark import ahead, gpu_report, machine
 from cacr_uniter.benchmark.gpu_report import SECONDS, STAGES, Command, Stage, counts_of_tests, report, run_stage
 from cacr_uniter.errors import UserError
 
@@ -124,8 +124,8 @@ def words(stage):
     return [" ".join(command.words) for command in STAGES[stage].commands(Path("out"))]
 
 
-def test_goals_come_after_the_smoke_test_and_what_is_left_goes_to_the_kernels(card):
-    assert list(STAGES)[:4] == ["doctor", "smoke", "goals", "tests"]
+def test_goals_come_after_what_they_compile_and_what_is_left_goes_to_the_kernels(card, monkeypatch):
+    assert list(STAGES)[:4] == ["doctor", "compile", "goals", "tests"]
     assert list(STAGES)[-2:] == ["kernels", "summary"]
     assert max(STAGES.values(), key=lambda stage: stage.share) is STAGES["goals"]
     long, uniter = words("goals")
@@ -133,6 +133,16 @@ def test_goals_come_after_the_smoke_test_and_what_is_left_goes_to_the_kernels(ca
     assert "--contenders triton sdpa eager" in long
     assert "--dtypes float16 float32 --contenders triton cuda eager compiled compiled-max" in uniter
     assert words("numerics")[0].endswith("numerics --print --quick --backends cuda")
+    assert words("kernels")[0].count("--missing") == 1
+    uniter_first, one = words("compile")
+    assert uniter.replace(" --out out", "") + " --compile-only" == uniter_first
+    assert one.endswith("calls --one cuda")
+    monkeypatch.setattr(gpu_report, "_available", lambda: ["cuda", "triton"])
+    assert [word.split()[-1] for word in words("compile")] == [
+        "--compile-only",
+        "--compile-only",
+        str(gpu_report.workers()),
+    ]
 
 
 def test_every_command_is_understood(card, monkeypatch):
@@ -150,15 +160,19 @@ def test_every_command_is_understood(card, monkeypatch):
     monkeypatch.setattr(run, "run_benchmark", stop)
     monkeypatch.setattr(training_run, "run_settings", stop)
     monkeypatch.setattr(numerics, "backends", stop)
+    monkeypatch.setattr(ahead, "compile_ahead", stop)
     for stage in ("goals", "training", "kernels", "numerics"):
         for command in STAGES[stage].commands(Path("out")):
             start = command.words.index("bench")
             with pytest.raises(Understood):
                 cli.main([word.replace(SECONDS, "9") for word in command.words[start:]])
+            if stage == "goals":
+                with pytest.raises(Understood):
+                    cli.main([word.replace(SECONDS, "9") for word in [*command.words[start:], "--compile-only"]])
 
 
 def test_tests_run_in_few_processes_and_only_those_of_a_gpu(monkeypatch):
-    monkeypatch.setattr(gpu_report.os, "cpu_count", lambda: 192)
+    monkeypatch.setattr(ahead.os, "cpu_count", lambda: 192)
     monkeypatch.chdir(Path(__file__).parents[2])
     kernels, training = words("tests")
     assert " -v " in kernels
@@ -171,22 +185,33 @@ def test_tests_run_in_few_processes_and_only_those_of_a_gpu(monkeypatch):
     assert "[cpu]" not in found.replace("test_cuda_graph_capture[cpu]", "")
 
 
-def test_the_sanitizer_is_found_and_watches_cuda_first(card, monkeypatch):
+def test_the_sanitizer_is_found_and_watches_all_backends_at_once(card, monkeypatch):
     commands = words("sanitizer")
     assert [command.split()[:3] for command in commands] == [
         [str(card), "--tool", t] for t in ("memcheck", "racecheck")
     ]
-    assert all("--report-api-errors no" in command and command.endswith("sanitized cuda") for command in commands)
+    assert all("--report-api-errors no" in command and command.endswith("calls cuda") for command in commands)
+    assert STAGES["sanitizer"].together
     monkeypatch.setattr(gpu_report, "_available", lambda: ["cuda", "triton"])
-    compiles, *both = words("sanitizer")
-    assert "--tool" not in compiles
-    assert "sanitized triton --processes" in compiles
-    watched = [(command.split()[2], command.split()[-1]) for command in both]
+    watched = [(command.split()[2], command.split()[-1]) for command in words("sanitizer")]
     assert watched == [(tool, name) for tool in ("memcheck", "racecheck") for name in ("cuda", "triton")]
     card.unlink()
     monkeypatch.delenv("CUDA_PATH", raising=False)
     if not Path("/usr/local/cuda/bin/compute-sanitizer").is_file():
         assert words("sanitizer") == []
+
+
+def test_commands_of_a_stage_may_run_together_and_each_has_all_of_its_time(tmp_path):
+    waits = "import sys, time; print('begins', sys.argv[1], flush=True); time.sleep(2)"
+    fails = "print('fails'); exit(3)"
+    sleeps = "import time; time.sleep(60)"
+    commands = [Command([*python(waits), SECONDS]), Command(python(fails)), Command(python(sleeps))]
+    outcome = run_stage(commands, tmp_path / "log", 8.0, together=True)
+    assert outcome["outcome"] == "failed with exit status 3; stopped after 8 s"
+    assert outcome["seconds"] < 12
+    log = (tmp_path / "log").read_text()
+    assert re.findall(r"^(?:begins|fails).*$", log, re.MULTILINE) == ["begins 5", "fails"]
+    assert log.count("$ ") == 3
 
 
 def test_commands_share_the_time_by_weight_and_a_late_one_does_not_keep_the_next(tmp_path):
@@ -195,8 +220,8 @@ def test_commands_share_the_time_by_weight_and_a_late_one_does_not_keep_the_next
     outcome = run_stage([Command(late), Command(short, 3.0)], tmp_path / "log", 20.0)
     assert outcome["outcome"] == "stopped after 5 s"
     first, second = re.findall(r"^has (\d+)$", (tmp_path / "log").read_text(), re.MULTILINE)
-    assert int(first) == 4
-    assert int(second) in (13, 14)  # asked to stop, the late one may end before its time is up
+    assert int(first) == 3  # of 5, without those after which it is asked to stop
+    assert int(second) in (9, 10)  # asked to stop, the late one may end before its time is up
 
 
 @pytest.mark.parametrize(

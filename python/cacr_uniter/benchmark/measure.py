@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -17,8 +17,10 @@ from cacr_uniter.benchmark.shapes import Shape
 from cacr_uniter.benchmark.timing import PeakMemory, timer_for
 from cacr_uniter.errors import is_out_of_memory
 
-TOLERANCE = {"float32": (1e-3, 1e-2), "bfloat16": (0.1, 0.3), "float16": (0.1, 0.3)}
-"""Largest relative error of (loss, gradient) that still is the right function; precision is a column of its own."""
+TOLERANCE = {"float32": (1e-4, 1e-3), "bfloat16": (1e-2, 5e-2), "float16": (1e-2, 5e-2)}
+"""Largest relative error of (loss, gradient) that still is the right function: some ten times those of eager PyTorch.
+
+Precision is a column of its own."""
 
 LARGE = 2048
 """From so many tokens on, one problem is checked instead of three."""
@@ -58,6 +60,21 @@ class Job:
 
 def measure(job: Job) -> Iterator[dict[str, Any]]:
     """Rows of a job, one a direction: ``samples`` (ms), memory, errors, status."""
+    yield from _prepared(job, _measure)
+
+
+def first_calls(job: Job) -> Iterator[dict[str, Any]]:
+    """Makes the calls of a job once, so that what they compile lies in the caches on disk; a row only of what failed.
+
+    Triton's kernels are the same for one example of two heads, ``torch.compile``'s are those of the shape.
+    """
+    if job.contender == "triton":
+        job = replace(job, shape={**job.shape, "batch": 1, "heads": 2})
+    yield from _prepared(job, _call_once)
+
+
+def _prepared(job: Job, function: Callable[..., Iterator[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+    """What ``function`` yields of a job, its shape, contender and inputs; an error is a row."""
     shape = Shape(**job.shape)
     compiled = "compiled" in job.contender
     if compiled:
@@ -67,7 +84,7 @@ def measure(job: Job) -> Iterator[dict[str, Any]]:
     try:
         inputs = _inputs(shape, job.dtype, job.device, job.seed)
         contender = make(job.contender, job.variant, job.kind, job.dtype, job.device)
-        yield from _measure(job, shape, contender, inputs)
+        yield from function(job, shape, contender, inputs)
     except Exception as error:
         status = "oom" if is_out_of_memory(error) else "error"
         yield {"direction": "both", "status": status, "note": f"{type(error).__name__}: {str(error)[:200]}"}
@@ -82,6 +99,14 @@ def measure(job: Job) -> Iterator[dict[str, Any]]:
 @lru_cache(maxsize=1)
 def _inputs(shape: Shape, dtype: str, device: str, seed: int) -> Inputs:
     return make_inputs(shape, dtype, device, seed)
+
+
+def _call_once(job: Job, shape: Shape, contender: Contender, inputs: Inputs) -> Iterator[dict[str, Any]]:
+    calls = Calls(contender, inputs.leaves(job.variant, job.kind, job.contender), shape.n_text)
+    if calls.differentiable:
+        calls.both()
+    calls.forward()
+    yield from ()
 
 
 def _measure(job: Job, shape: Shape, contender: Contender, inputs: Inputs) -> Iterator[dict[str, Any]]:

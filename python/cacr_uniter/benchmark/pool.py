@@ -9,7 +9,9 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from typing import Any
 
 Task = tuple[str, dict[str, Any]]
@@ -22,61 +24,68 @@ LATE = "the time of this run was over; a larger --budget measures it"
 """Why a task was not begun."""
 
 
-def run_tasks(
+def run_tasks(tasks: Sequence[Task], device: str, **options: Any) -> Iterator[tuple[int, list[Row]]]:
+    """Runs tasks in order (see ``stream_tasks``). Yields (index, rows) of each."""
+    rows: list[Row] = []
+    for index, row in stream_tasks(tasks, device, **options):
+        if row is None:
+            yield index, rows
+            rows = []
+        else:
+            rows.append(row)
+
+
+def stream_tasks(
     tasks: Sequence[Task],
     device: str,
     *,
-    timeout: float = 120.0,
+    timeout: float | Callable[[int], float] = 120.0,
     environment: Mapping[str, str] | None = None,
     memory_limit: int | None = None,
     threads: int | None = None,
-) -> Iterator[tuple[int, list[Row]]]:
-    """Runs tasks in order in one process, in a new one after a job that ended it. Yields (index, rows).
+) -> Iterator[tuple[int, Row | None]]:
+    """Runs tasks in order in one process, in a new one after a task that ended it.
 
-    A job that ends its process gets one row with status ``oom`` (killed, as Linux does when memory is exhausted),
-    ``timeout`` (no answer for ``timeout`` seconds) or ``error``.
+    Yields (index, row) of a task, and (index, None) at its end. A task that ends its process gets one more row with
+    status ``oom`` (killed, as Linux does when memory is exhausted), ``timeout`` (no answer for ``timeout`` seconds) or
+    ``error``.
 
     Args:
         tasks: (task of ``worker``, its arguments).
         device: ``cpu`` limits the memory of the process.
+        timeout: of every task, or of the task with an index.
         environment: added to that of the process.
         memory_limit: bytes of that limit; default nine tenths of what is free.
         threads: of torch and of the CPU kernels; default torch's own choice.
     """
     request = {"device": device, "memory_limit": memory_limit, "threads": threads}
+
+    def patience(index: int) -> float:
+        return timeout(index) if callable(timeout) else timeout
+
     first = 0
     while first < len(tasks):
-        done = yield from _one_process(tasks, first, request, timeout, environment or {})
-        first += done
+        first = yield from _one_process(tasks, first, request, patience, environment or {})
 
 
 def _one_process(
     tasks: Sequence[Task],
     first: int,
     request: Mapping[str, Any],
-    timeout: float,
+    patience: Callable[[int], float],
     environment: Mapping[str, str],
 ) -> Any:
-    """Runs tasks[first:] until the end or the process's; returns how many got their result."""
+    """Runs tasks[first:] until the end or the process's; returns the first that has no result."""
     request = {**request, "jobs": [(number, *task) for number, task in enumerate(tasks[first:])]}
     with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "cacr_uniter.benchmark.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            env=os.environ | environment,
-        )
-        assert process.stdin is not None
+        process = _start(subprocess.PIPE, errors, environment)
         assert process.stdout is not None
         late = threading.Event()
-        done, rows, stopped = 0, [], False
+        now, stopped = first, False
         try:
-            process.stdin.write(json.dumps(request))
-            process.stdin.close()
+            _ask(process, request)
             while True:
-                watch = threading.Timer(timeout, _kill, (process, late))
+                watch = threading.Timer(patience(min(now, len(tasks) - 1)), _kill, (process, late))
                 try:
                     watch.start()
                     line = process.stdout.readline()
@@ -86,19 +95,90 @@ def _one_process(
                     break
                 answer = json.loads(line)
                 if "row" in answer:
-                    rows.append(answer["row"])
+                    yield now, answer["row"]
                 elif "end" in answer:
-                    yield first + done, rows
-                    done, rows, stopped = done + 1, [], answer["last"]
+                    yield now, None
+                    now, stopped = now + 1, answer["last"]
             process.wait()
         finally:
             if process.poll() is None:
                 process.kill()
                 process.wait()
-        if done < len(tasks) - first and not stopped:
-            yield first + done, [*rows, _failure(process.returncode, late.is_set(), timeout, errors)]
-            done += 1
-    return done
+        if now < len(tasks) and not stopped:
+            yield now, _failure(process.returncode, late.is_set(), patience(now), errors)
+            yield now, None
+            now += 1
+    return now
+
+
+def run_side_by_side(tasks: Sequence[Task], device: str, processes: int, seconds: float) -> list[list[Row]]:
+    """Runs tasks in several processes, the first ones first, for at most so many seconds. Returns the rows of each.
+
+    A task that ends its process, or has no time to end, gets one more row, which says so.
+    """
+    rows: list[list[Row]] = [[] for _ in tasks]
+    deadline = time.monotonic() + seconds
+    left = list(range(len(tasks)))
+    while left and time.monotonic() < deadline:
+        left = _round(tasks, left, device, processes, deadline, rows)
+    for index in left:
+        rows[index].append({"status": "skipped", "note": LATE})
+    return rows
+
+
+def _round(
+    tasks: Sequence[Task], chosen: list[int], device: str, processes: int, deadline: float, rows: list[list[Row]]
+) -> list[int]:
+    """Runs chosen tasks until every process has ended; returns those that their processes did not come to."""
+    shares = [chosen[first::processes] for first in range(min(processes, len(chosen)))]
+    left: list[int] = []
+    with ExitStack() as opened:
+        started: list[tuple[subprocess.Popen[str], Any, Any]] = []
+        try:
+            for share in shares:
+                answers, errors = (opened.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2))
+                started.append((_start(answers, errors, {}), answers, errors))
+                jobs = [(index, *tasks[index]) for index in share]
+                _ask(started[-1][0], {"device": device, "memory_limit": None, "threads": None, "jobs": jobs})
+            for process, _, _ in started:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(max(deadline - time.monotonic(), 0))
+        finally:
+            late = [process.poll() is None for process, _, _ in started]
+            for process, _, _ in started:
+                process.kill()
+                process.wait()
+        for share, is_late, (process, answers, errors) in zip(shares, late, started):
+            answers.seek(0)
+            found = [json.loads(line) for line in answers.read().splitlines(keepends=True) if line.endswith("\n")]
+            ended = 0
+            for answer in found:
+                if "row" in answer:
+                    rows[share[ended]].append(answer["row"])
+                elif "end" in answer:
+                    ended += 1
+            if not is_late and process.returncode and ended < len(share):
+                rows[share[ended]].append(_failure(process.returncode, False, 0.0, errors))
+                ended += 1
+            left += share[ended:]
+    return sorted(left)
+
+
+def _start(answers: Any, errors: Any, environment: Mapping[str, str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "cacr_uniter.benchmark.worker"],
+        stdin=subprocess.PIPE,
+        stdout=answers,
+        stderr=errors,
+        text=True,
+        env=os.environ | environment,
+    )
+
+
+def _ask(process: subprocess.Popen[str], request: Mapping[str, Any]) -> None:
+    assert process.stdin is not None
+    process.stdin.write(json.dumps(request))
+    process.stdin.close()
 
 
 def _kill(process: subprocess.Popen[str], late: threading.Event) -> None:

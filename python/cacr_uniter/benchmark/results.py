@@ -127,13 +127,14 @@ def _check_device(folder: Path, devices: set[str]) -> None:
 def newest(rows: Iterable[Row], key: Iterable[str]) -> list[Row]:
     """The last row of every combination of the ``key`` columns, in the order in which they first appeared.
 
-    A row that was skipped says nothing about an earlier one.
+    A row that was skipped, or late, says nothing about an earlier one that is good.
     """
     names = tuple(key)
     found: dict[tuple[str, ...], Row] = {}
     for row in rows:
         place = tuple(row[name] for name in names)
-        if place not in found or row.get("status") != "skipped":
+        good = place in found and found[place].get("status", "ok") == "ok"
+        if place not in found or not (row.get("status") == "skipped" or (good and row.get("status") == "timeout")):
             found[place] = row
     return list(found.values())
 

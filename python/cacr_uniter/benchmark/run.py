@@ -5,14 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 from cacr_uniter.benchmark import results
 from cacr_uniter.benchmark.ceilings import UNITS
 from cacr_uniter.benchmark.contenders import OURS, names
 from cacr_uniter.benchmark.machine import provenance
 from cacr_uniter.benchmark.measure import Job
-from cacr_uniter.benchmark.pool import LATE, MALLOC_RETURNS, Row, run_tasks
+from cacr_uniter.benchmark.pool import LATE, MALLOC_RETURNS, Row, run_tasks, stream_tasks
 from cacr_uniter.benchmark.shapes import Shape
 from cacr_uniter.benchmark.timing import quantile
 from cacr_uniter.benchmark.work import DIRECTIONS, TILE, floor, matmul_rate, work
@@ -20,6 +22,9 @@ from cacr_uniter.errors import UserError
 
 Progress = Callable[[str, int, int], None]
 Item = tuple[Shape, Job]
+
+RECENT = timedelta(minutes=15)
+"""For how long a GPU's ceilings hold."""
 
 LOOP_LIMIT = 1e7
 """Most steps T^2 R^2 of the loop, summed over problems."""
@@ -42,6 +47,7 @@ class Plan:
         threads: of a CPU; default torch's own choice.
         clock: of a CPU: ``wall``, or ``process`` for one thread on a busy machine.
         variants: ``scores``, ``qk``.
+        missing: only what the results do not hold yet of the same commit and versions.
     """
 
     shapes: tuple[Shape, ...]
@@ -57,6 +63,7 @@ class Plan:
     threads: int | None = None
     clock: str = "wall"
     variants: tuple[str, ...] = ("scores", "qk")
+    missing: bool = False
 
     def jobs(self, shape: Shape, dtype: str) -> list[Job]:
         """All contenders of one shape and dtype, in the order in which they run."""
@@ -103,20 +110,51 @@ def run_benchmark(plan: Plan, out: Path, progress: Progress) -> list[Row]:
         The rows of ``kernels.csv`` that were written.
     """
     deadline = time.monotonic() + plan.budget
-    ceilings = measured_ceilings(plan.device, out, 0.3 if plan.seconds < 0.5 else 1.0, plan.threads, plan.clock)
-    batches = plan.batches()
+    ceilings = _recent_ceilings(plan.device, out)
+    if ceilings is None:
+        seconds = 0.3 if plan.seconds < 0.5 else 1.0
+        ceilings = measured_ceilings(plan.device, out, seconds, plan.threads, plan.clock)
+    known = settled(out, provenance(plan.device)) if plan.missing else set()
+    batches = [[item for item in batch if _place(item[1].columns) not in known] for batch in plan.batches()]
     total = sum(len(batch) for batch in batches)
     written: list[Row] = []
     done = 0
     for batch in batches:
-        for shape, rows in _measure_batch(plan, batch, ceilings, deadline):
+        for shape, rows, ended in _measure_batch(plan, batch, ceilings, deadline):
             origin = provenance(plan.device)
             full = [{**origin, **finished(row, shape, plan.device, ceilings)} for row in rows]
             results.append(out, "kernels", full)
             written += full
-            done += 1
+            done += ended
             progress("measurements", done, total)
     return written
+
+
+def _place(columns: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(str(columns[name]) for name in results.KERNEL_KEY if name != "direction")
+
+
+def _same(row: Mapping[str, str], origin: Mapping[str, str]) -> bool:
+    """Whether a result is of the same commit, versions and device."""
+    return all(row[name] == origin[name] for name in results.PROVENANCE if name not in ("date", "load"))
+
+
+def settled(out: Path, origin: Mapping[str, str]) -> set[tuple[str, ...]]:
+    """What ``out/kernels.csv`` holds a whole result of: its last direction, or why there is none."""
+    rows = [row for row in results.read(out, "kernels") if row["status"] in ("ok", "wrong", "oom", "unchecked")]
+    rows = [row for row in rows if row["direction"] == "both" or row["contender"] == "loop"]
+    return {_place(row) for row in rows if _same(row, origin)}
+
+
+def _recent_ceilings(device: str, out: Path) -> dict[str, float] | None:
+    """Ceilings of a GPU that were measured in the last minutes, which it still has; a CPU's change with its load."""
+    if device != "cuda":
+        return None
+    origin = provenance(device)
+    now = datetime.fromisoformat(origin["date"])
+    rows = [row for row in results.read(out, "ceilings") if _same(row, origin)]
+    recent = [row for row in rows if now - datetime.fromisoformat(row["date"]) < RECENT]
+    return {row["what"]: float(row["value"]) for row in recent} or None
 
 
 def measured_ceilings(
@@ -141,32 +179,39 @@ def measured_ceilings(
 
 def _measure_batch(
     plan: Plan, batch: list[Item], ceilings: Mapping[str, float], deadline: float
-) -> Iterator[tuple[Shape, list[Row]]]:
-    """Rows of each job; those that take too long, or come after the deadline, are skipped in words."""
+) -> Iterator[tuple[Shape, list[Row], bool]]:
+    """Rows of each job as they come, and whether they are its last ones.
+
+    Jobs that take too long, or come after the deadline, are skipped in words.
+    """
     runnable = []
     for shape, job in batch:
         seconds = least_seconds(job, shape, ceilings)
         if seconds > plan.longest:
-            yield shape, [_skipped(job, f"its products alone take {seconds:.0f} s at this machine's rate")]
+            yield shape, [_skipped(job, f"its products alone take {seconds:.0f} s at this machine's rate")], True
         else:
             runnable.append((shape, job))
     measured = 0
-    if time.monotonic() < deadline:
-        for index, rows in (_on_gpu if plan.device == "cuda" else _on_cpu)(plan, [job for _, job in runnable]):
-            yield runnable[index][0], rows
-            measured = index + 1
-            if plan.device == "cuda" and time.monotonic() > deadline:
+    if runnable and time.monotonic() < deadline:
+        for index, rows, ended in (_on_gpu if plan.device == "cuda" else _on_cpu)(plan, [job for _, job in runnable]):
+            yield runnable[index][0], rows, ended
+            measured = index + ended
+            if plan.device == "cuda" and ended and time.monotonic() > deadline:
                 break
     for shape, job in runnable[measured:]:
-        yield shape, [_skipped(job, LATE)]
+        yield shape, [_skipped(job, LATE)], True
 
 
-def _on_gpu(plan: Plan, jobs: list[Job]) -> Iterator[tuple[int, list[Row]]]:
-    for index, rows in run_tasks([("kernel", asdict(job)) for job in jobs], "cuda", timeout=_patience(plan)):
-        yield index, [_named(jobs[index], row, 1) for row in rows]
+def _on_gpu(plan: Plan, jobs: list[Job]) -> Iterator[tuple[int, list[Row], bool]]:
+    """Every row as soon as it is there: what comes after it may be interrupted."""
+    answers = stream_tasks(
+        [("kernel", asdict(job)) for job in jobs], "cuda", timeout=lambda index: _patience(plan, jobs[index])
+    )
+    for index, row in answers:
+        yield index, [] if row is None else [_named(jobs[index], row, 1)], row is None
 
 
-def _on_cpu(plan: Plan, jobs: list[Job]) -> Iterator[tuple[int, list[Row]]]:
+def _on_cpu(plan: Plan, jobs: list[Job]) -> Iterator[tuple[int, list[Row], bool]]:
     """Times in several processes, memory in one of its own."""
     passes = [[replace(job, what="time") for job in jobs] for _ in range(plan.processes)]
     passes.append([replace(job, what="memory") for job in jobs])
@@ -176,22 +221,24 @@ def _on_cpu(plan: Plan, jobs: list[Job]) -> Iterator[tuple[int, list[Row]]]:
         answers = run_tasks(
             [("kernel", asdict(job)) for job in batch],
             "cpu",
-            timeout=_patience(plan),
+            timeout=_patience(plan, jobs[0]),
             environment=MALLOC_RETURNS if last else None,
             threads=plan.threads,
         )
         for index, rows in answers:
             collected[index] += rows
             if last:
-                yield index, [_named(jobs[index], row, plan.processes) for row in merge(collected[index])]
+                yield index, [_named(jobs[index], row, plan.processes) for row in merge(collected[index])], True
 
 
-def _patience(plan: Plan) -> float:
+def _patience(plan: Plan, job: Job) -> float:
     """Seconds without an answer after which a process is given up: compiling, the float64 reference, the calls.
 
-    A third of a budget at most, so that a call that hangs leaves time for the others.
+    A third of a budget at most, so that a call that hangs leaves time for the others; but what ``torch.compile`` takes
+    before its first answer, with its float64 reference, on a GPU's host.
     """
-    return min(120 + 40 * plan.longest, max(30, plan.budget / 3))
+    least = 30.0 if "compiled" not in job.contender else 150.0 if job.contender == "compiled-max" else 75.0
+    return min(120 + 40 * plan.longest, max(least, plan.budget / 3))
 
 
 def least_seconds(job: Job, shape: Shape, ceilings: Mapping[str, float]) -> float:

@@ -138,7 +138,7 @@ class Search:
     """State of one search.
 
     Args:
-        seconds: after which no new candidate is begun.
+        seconds: after which nothing new is timed; what was found out before is not measured again by a later search.
         say: gets a line for every kernel.
         progress: gets (what, candidates done, candidates known).
     """
@@ -155,11 +155,15 @@ class Search:
         deadline = self.now() + self.seconds
         outcome = Outcome()
         users: dict[Key, list[Call]] = {}
-        for call in calls:
-            for key in sorted(self.machine.uses(call)):
-                users.setdefault(key, []).append(call)
-        best = {key: builtin(key, self.machine.arch) for key in users}
-        first = {key: self._time(key, best[key], users[key], None) for key in users}
+        try:
+            for call in calls:
+                self._be_in_time(deadline)
+                for key in sorted(self.machine.uses(call)):
+                    users.setdefault(key, []).append(call)
+            best = {key: builtin(key, self.machine.arch) for key in users}
+            first = {key: self._time(key, best[key], users[key], None, deadline) for key in users}
+        except _Late:
+            return Outcome(complete=False)
         times, seen = dict(first), {key: [best[key]] for key in users}
         queue, known = deque(users), 0
         try:
@@ -188,20 +192,21 @@ class Search:
         outcome.choices = [Choice(key, best[key], times[key], first[key], tuple(users[key])) for key in kept]
         return outcome
 
+    def _be_in_time(self, deadline: float) -> None:
+        if self.now() > deadline:
+            raise _Late
+
     def _line(self, key: Key, launch: Launch, ratio: float) -> str:
         name = f"{key.variant} {key.kernel} {key.dtype}" + f" D {key.head_size}" * bool(key.head_size)
         if ratio == 1:
             return f"{name}: built-in"
         return f"{name}: {launch.blocks}, {launch.num_warps} warps, {launch.num_stages} stages: {ratio:.3f} of built-in"
 
-    def _time(
-        self, key: Key, launch: Launch, calls: Sequence[Call], outcome: Outcome | None, deadline: float = math.inf
-    ) -> float:
+    def _time(self, key: Key, launch: Launch, calls: Sequence[Call], outcome: Outcome | None, deadline: float) -> float:
         """Geometric mean of the calls' times, infinite for a refused launch; no ``outcome``: the built-in launch."""
         logs = 0.0
         for call in calls:
-            if self.now() > deadline:
-                raise _Late
+            self._be_in_time(deadline)
             trial = {} if outcome is None else {key: launch}
             run = partial(self.machine.measure, call, trial)
             found = self.journal.outcome(key, launch, call, run, outcome is not None)

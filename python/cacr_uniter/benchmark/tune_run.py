@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -26,6 +27,9 @@ from cacr_uniter.errors import UserError
 SHAPES = ("uniter-36-b32", "uniter-100-b128", "vilt-b32", "square-1024")
 ROUNDING = {"float32": (1e-6, 5e-6), "bfloat16": (1e-5, 4e-3), "float16": (1e-5, 4e-3)}
 """Relative errors of (loss, gradient) that any order of additions may have; beyond, twice the built-in launch's."""
+
+HANGS = 180.0
+"""Seconds after which a candidate, compiled and timed on one call, ends the process; a later search leaves it out."""
 
 
 @lru_cache(maxsize=2)
@@ -102,6 +106,15 @@ class Kernels:
         return self.limits[call]
 
     def measure(self, call: Call, launches: Mapping[Key, Launch]) -> float | str:
+        if self.device == "cuda":  # no signal reaches a process that waits for a kernel without end
+            faulthandler.dump_traceback_later(HANGS, exit=True)
+        try:
+            return self._measured(call, launches)
+        finally:
+            if self.device == "cuda":
+                faulthandler.cancel_dump_traceback_later()
+
+    def _measured(self, call: Call, launches: Mapping[Key, Launch]) -> float | str:
         try:
             for one in self.checked(call):
                 expected, limits = self._limit(one)
@@ -125,6 +138,7 @@ class Kernels:
             return
         try:
             torch.cuda.synchronize()
+            torch.cuda.empty_cache()  # fails after a capture that failed
         except RuntimeError:
             raise UserError(
                 f"a candidate ended in {cause!r:.200}; the next `cacr bench tune` leaves it out and goes on"

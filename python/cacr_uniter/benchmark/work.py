@@ -6,6 +6,7 @@ Counts per problem with T text tokens, R regions, head width D (n_a, n_b: sizes 
     scores, backward  8 T R (T + R) flops, S read and dS written (U, X and the exponentials may be kept)
     q/k, forward      4 n_a^2 D flops and 2 n_a^2 exps a side, q and k read
     q/k, backward     12 n_a^2 D flops and 2 n_a^2 exps a side (X and Y are recomputed), q, k read and dq, dk written
+    both              the sum, but for the inputs, which are read once: the gradient can be formed in the forward
 
 A 16-bit input keeps U as a high and a low part, so its second product counts twice in the forward. On a GPU sizes are
 padded to 16, the edge of a tensor-core tile. Kind "softmax" adds 2 T R exps, and from q and k it must form P: scores
@@ -31,9 +32,6 @@ class Work:
     flops: float
     exps: float
 
-    def __add__(self, other: Work) -> Work:
-        return Work(self.bytes + other.bytes, self.flops + other.flops, self.exps + other.exps)
-
 
 @dataclass(frozen=True)
 class Floor:
@@ -58,8 +56,8 @@ def work(shape: Shape, variant: str, kind: str, contender: str, direction: str, 
         tile: sizes are padded to a multiple of it.
     """
     if direction == "both":
-        parts = [work(shape, variant, kind, contender, one, dtype, tile) for one in ("forward", "backward")]
-        return parts[0] + parts[1]
+        first, second = (work(shape, variant, kind, contender, one, dtype, tile) for one in ("forward", "backward"))
+        return Work(second.bytes, first.flops + second.flops, first.exps + second.exps)
     forward = direction == "forward"
     t, r = (-(-size // tile) * tile for size in (shape.n_text, shape.n_vision))
     n, d, p = t + r, shape.head_dim, shape.problems

@@ -19,6 +19,12 @@ def _kernel(job: dict[str, Any]) -> Rows:
     return measure(Job(**job))
 
 
+def _first(job: dict[str, Any]) -> Rows:
+    from cacr_uniter.benchmark.measure import Job, first_calls
+
+    return first_calls(Job(**job))
+
+
 def _ceilings(job: dict[str, Any]) -> Rows:
     from cacr_uniter.benchmark.ceilings import measure_ceilings
 
@@ -31,7 +37,19 @@ def _training(job: dict[str, Any]) -> Rows:
     yield measure_setting(Setting(**job))
 
 
-TASKS: dict[str, Callable[[dict[str, Any]], Rows]] = {"kernel": _kernel, "ceilings": _ceilings, "training": _training}
+def _watched(case: dict[str, Any]) -> Rows:
+    from cacr_uniter.benchmark.calls import Case, row_of
+
+    yield row_of(Case(**case))
+
+
+TASKS: dict[str, Callable[[dict[str, Any]], Rows]] = {
+    "kernel": _kernel,
+    "first": _first,
+    "ceilings": _ceilings,
+    "training": _training,
+    "call": _watched,
+}
 
 
 def limit_process(limit: int | None) -> None:
@@ -49,11 +67,15 @@ def _lines(path: str) -> list[str]:
 
 
 def _usable_gpu() -> bool:
-    """Whether the context survived: after an illegal access every later call of the process fails."""
+    """Whether the context survived: after an illegal access every later call of the process fails.
+
+    After a capture that failed, torch 2.11's allocator fails too whenever it gives memory back.
+    """
     import torch
 
     try:
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()
     except RuntimeError:
         return False
     return True

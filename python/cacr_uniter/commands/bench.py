@@ -92,6 +92,9 @@ def _kernels(argv: list[str]) -> int:
     add("--clock", choices=("wall", "process"), default="wall", help="process: processor time, for --threads 1 on a "
         "CPU that others use too")  # fmt: skip
     add("--budget", type=float, help="seconds after which no new shape is started (default: 40 quick, none full)")
+    add("--missing", action="store_true", help="only what the results do not hold yet of this commit and its versions")
+    add("--compile-only", action="store_true", help="measure nothing: fill the caches of Triton and torch.compile, in "
+        "several processes")  # fmt: skip
     args = parser.parse_args(argv)
 
     from cacr_uniter.benchmark.run import run_benchmark
@@ -99,6 +102,8 @@ def _kernels(argv: list[str]) -> int:
 
     device = pick_device(args.device)
     plan = make_plan(args, device)
+    if args.compile_only:
+        return _compile(plan)
     if plan.threads is not None:
         import torch
 
@@ -116,6 +121,17 @@ def _kernels(argv: list[str]) -> int:
         print(f"{reason} ({', '.join(which[:3])}{f' and {len(which) - 3} more' if len(which) > 3 else ''})")
     print(f"appended to {out / 'kernels.csv'}; pictures: cacr bench plot --out {out}")
     return 0
+
+
+def _compile(plan: Plan) -> int:
+    """Fills the caches; 1 if something could not be called."""
+    from cacr_uniter.benchmark.ahead import compile_ahead
+
+    rows = compile_ahead(plan)
+    for row in rows:
+        name = " ".join(str(row[column]) for column in ("shape", "dtype", "variant", "kind", "contender"))
+        print(f"{name}: {row['status']} {row.get('note', '')}".rstrip())
+    return int(any(row["status"] != "ok" for row in rows))
 
 
 def make_plan(args: argparse.Namespace, device: str) -> Plan:
@@ -152,6 +168,7 @@ def make_plan(args: argparse.Namespace, device: str) -> Plan:
         compiled=not cpu_quick,
         contenders=tuple(args.contenders or ()),
         variants=tuple(args.variants),
+        missing=args.missing,
     )
 
 
