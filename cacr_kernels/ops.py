@@ -183,7 +183,8 @@ def congruence(
     variant: str, inputs: list[Tensor], spans: Spans, options: Options, backend: str, scale: float = 1.0
 ) -> Tensor:
     """Loss [B, H] on a kernel backend, differentiable once in every input."""
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    # asked so that Dynamo can answer it: it would trace a transform, and its gradient would be 0
+    if isinstance(torch._C._functorch.peek_interpreter_stack(), torch._C._functorch.CInterpreter):
         raise RuntimeError(f"fused_cacr has no torch.func transforms (grad, vmap, jvp){_REFERENCE}")
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     problem = (

@@ -20,6 +20,11 @@ SMALL = BUCKETS[-1]
 WIDTHS = (32, 64, 128)
 
 
+def compiler_options(num_warps: int, num_stages: int) -> dict[str, Any]:
+    """What Triton is told of every kernel. Products and sums are fused, whatever Triton does unless told."""
+    return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+
+
 @dataclass(frozen=True)
 class Launch:
     """Tile sizes, warps and pipeline stages of one kernel; ``registers``: at most so many a thread (None: no cap)."""
@@ -31,7 +36,7 @@ class Launch:
 
     def options(self, kind: str) -> dict[str, Any]:
         """What Triton is told beside the tile sizes. Kind "softmax" is not capped: its programs hold more."""
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        options = compiler_options(self.num_warps, self.num_stages)
         return options if self.registers is None or kind == "softmax" else options | {"maxnreg": self.registers}
 
 

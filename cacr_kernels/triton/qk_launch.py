@@ -8,7 +8,7 @@ all of them have 64 rows a dot (``n`` in "columns", whose tiles are transposed) 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -43,6 +43,11 @@ class Launch(NamedTuple):
     k: int = 32
     o: int = 64
     peel: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What Triton is told."""
+        return configs.compiler_options(self.warps, self.stages)
 
     def replaced(self, entry: configs.Launch) -> Launch:
         """These dots with the tiles, warps and stages of an entry."""

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..problem import Options, Spans
+from .configs import compiler_options
 from .host import QUAD, in_quads
 from .kernel_args import BlockArg, SpanArgs, odd
 from .qk_forward import qk_loss_kernel
@@ -121,8 +122,7 @@ def wide_forward(problem: QKProblem, factors: Factors, stats: Tensor, compact: b
         BLOCK_K=tile.k,
         PRECISION=tile.precision,
         UPCAST=p.upcast,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        **tile.options,
     )
 
 
@@ -167,8 +167,7 @@ def wide_gradient(
         ROW_MEAN=p.options.row_mean,
         PRECISION=tile.precision,
         UPCAST=p.upcast,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        **tile.options,
     )
 
 
@@ -184,5 +183,5 @@ def reduce_rows(problem: QKProblem, stats: Tensor, loss: Tensor) -> None:
         TEXT=p.options.text,
         VISION=p.options.vision,
         ROW_MEAN=p.options.row_mean,
-        num_warps=4,
+        **compiler_options(4, 3),
     )

@@ -48,8 +48,7 @@ def gram(
         SQUARE=square,
         PRECISION=p.dots(tile),
         UPCAST=p.upcast,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        **tile.options,
     )
     return out, chunks
 
@@ -74,8 +73,7 @@ def products_of(problem: QKProblem) -> Tensor:
         BLOCK_M=tile.m,
         BLOCK_F=min(tile.n, p.block_d),
         PRECISION=tile.precision,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        **tile.options,
     )
     return products
 
@@ -105,8 +103,7 @@ def project(problem: QKProblem, products: Tensor) -> tuple[Tensor, Tensor | None
         SCALED=p.scaled,
         PRECISION=p.dots(tile),
         UPCAST=p.upcast,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        **tile.options,
     )
     return u_hi, u_lo, u_exp
 
@@ -147,8 +144,7 @@ def scores_qk_forward(
             PRECISION=tile.precision,
             UPCAST=p.upcast,
             PEEL=tile.peel,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
+            **tile.options,
         )
     reduce_rows(p, stats, loss)
     return loss, [stats, products] if needs_grad else []
@@ -215,8 +211,7 @@ def _tile_gradients(
             PRECISION=tile.precision,
             UPCAST=p.upcast,
             PEEL=tile.peel,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
+            **tile.options,
         )
 
 
@@ -241,8 +236,7 @@ def _chain(problem: QKProblem, products: Tensor, du: Tensor) -> Tensor:
         BLOCK_M=tile.m,
         BLOCK_F=min(tile.n, p.block_d),
         PRECISION=p.dots(tile),
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        **tile.options,
     )
     return grad_cw
 
@@ -264,8 +258,7 @@ def finish(
         "GRAD_X": p.grad_x,
         "PRECISION": p.dots(tile),
         "UPCAST": p.upcast,
-        "num_warps": tile.warps,
-        "num_stages": tile.stages,
+        **tile.options,
     }
     tiles_text, tiles, launched = p.finish_tiles(tile.m)
     qk_finish_q_kernel[(p.batch * p.heads, launched)](

@@ -35,8 +35,7 @@ class _Softmax(QKProblem):
             "BLOCK_K": tile.k,
             "PRECISION": tile.precision,
             "UPCAST": self.upcast,
-            "num_warps": tile.warps,
-            "num_stages": tile.stages,
+            **tile.options,
         }
 
     def compact(self) -> Tensor:
@@ -150,7 +149,7 @@ def _through_softmax(
     """Add the gradients of S_ab and of S_bb as inner block to dq and dk; z is overwritten by dS_ab."""
     text, tiles = p.tiles(p.tile.m)
     inner_text, inner_tiles = p.inner_tiles()
-    sizes = {name: p.meta[name] for name in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")}
+    sizes = {name: p.meta[name] for name in ("BLOCK_M", "BLOCK_N", *p.tile.options)}
     sums = p.float32(p.batch, p.heads, p.spans.n_text + p.spans.n_vision)
     qk_inner_sums_kernel[p.grid(inner_tiles)](cross, w, sums, p.span_args, p.heads, inner_text, **sizes)
     qk_cross_scores_kernel[p.grid(tiles)](cross, w, z, p.span_args, p.heads, text, **sizes)
@@ -209,8 +208,7 @@ def _round(p: _Softmax, dq: Tensor, dk: Tensor) -> list[Tensor]:
         "GRAD_X": False,
         "PRECISION": tile.precision,
         "UPCAST": p.upcast,
-        "num_warps": tile.warps,
-        "num_stages": tile.stages,
+        **tile.options,
     }
     *tiles, launched = p.finish_tiles(tile.m)
     qk_finish_q_kernel[(p.batch * p.heads, launched)](

@@ -60,17 +60,24 @@ def _beside(value: int, options: tuple[int, ...]) -> list[int]:
 def forms_x_alike(key: Key, launch: Launch, arch: int) -> bool:
     """Whether X comes out bit for bit as with the built-in launch, and so as in the kernels of the other pass.
 
-    Rows near one-hot amplify any difference: the chunks of K and C stay, on Hopper and Blackwell the instruction too.
+    Rows near one-hot amplify any difference: the chunks of K and C stay, on Hopper and Blackwell the instruction too,
+    which is that of warp groups where a dot has 64 rows or more and the warps make whole groups of four.
     """
-    known = builtin(key, arch).blocks
     if key.variant == "scores":
         axis = "BLOCK_I" if key.kernel in FORMS_X else None
     else:
         axis = {"forward": "BLOCK_M", "rows": "BLOCK_M", "columns": "BLOCK_N"}.get(key.kernel)
-    if axis is None:
+    holds_sides = key.kernel.startswith("whole")
+    if axis is None and not holds_sides:
         return True
-    same = family(arch) < 90 or (launch.blocks[axis] >= 64) == (known[axis] >= 64)
-    return same and all(launch.blocks.get(chunk) == known.get(chunk) for chunk in ("BLOCK_K", "BLOCK_C"))
+
+    def in_groups(entry: Launch) -> bool:
+        rows = 64 if holds_sides or axis is None else entry.blocks[axis]
+        return rows >= 64 and entry.num_warps % 4 == 0
+
+    known = builtin(key, arch)
+    same = family(arch) < 90 or in_groups(launch) == in_groups(known)
+    return same and all(launch.blocks.get(chunk) == known.blocks.get(chunk) for chunk in ("BLOCK_K", "BLOCK_C"))
 
 
 def stays_in_registers(key: Key, launch: Launch, arch: int) -> bool:
@@ -88,13 +95,15 @@ def stays_in_registers(key: Key, launch: Launch, arch: int) -> bool:
 
 def fits_the_others(key: Key, launch: Launch, arch: int) -> bool:
     """Whether results stay right with this launch beside the built-in ones of the other kernels."""
-    return forms_x_alike(key, launch, arch) and stays_in_registers(key, launch, arch)
+    rules = (forms_x_alike, stays_in_registers, rows_per_warp)
+    return all(rule(key, launch, arch) for rule in rules)
 
 
 def rows_per_warp(key: Key, launch: Launch, arch: int) -> bool:
     """False where dots that follow on each other have more warps than their rows fill, 16 rows a warp, on Hopper.
 
-    See configs.MEASURED. The products of a float32 factor's parts follow on each other too.
+    See configs.MEASURED. The products of a float32 factor's parts follow on each other too. Kernels of whole sides are
+    free: their longer side fills eight warps, and with those an H100 computed the shorter one rightly too.
     """
     if key.variant == "scores":
         parts = ("forward", "rows", "cross", "own", "project", "large_v")
@@ -127,7 +136,6 @@ def possible(key: Key, launch: Launch, arch: int) -> bool:
     unrolled = key.variant == "scores" and plan(arch, key.dtype).dot == "ieee"
     return (
         fits_the_others(key, launch, arch)
-        and rows_per_warp(key, launch, arch)
         and (launch.registers is None or key.variant == "scores")
         and shared <= SHARED_LIMIT[family(arch)]
         and threads <= numbers <= MOST_NUMBERS * threads

@@ -30,7 +30,7 @@ def entry(key=ROWS, gpu="NVIDIA A", arch=90, **changes):
     return table.Entry(gpu, arch, key, replace(space.builtin(key, arch), **changes), MEASURED)
 
 
-ENTRIES = [entry(num_warps=8), entry(FORWARD, num_stages=3), entry(gpu="NVIDIA B", arch=86)]
+ENTRIES = [entry(num_stages=2), entry(FORWARD, num_stages=3), entry(gpu="NVIDIA B", arch=86)]
 
 
 @pytest.fixture
@@ -126,7 +126,7 @@ def test_a_malformed_file_is_refused_in_words(file, spoil, message):
 def test_a_file_holds_on_the_gpu_it_was_measured_on(file, gpu):
     table.write(file, ENTRIES)
     rows = table.scores_plan(gpu, "bfloat16").kernels["rows_128"]
-    assert (rows.num_warps, rows.blocks) == (8, configs.plan(90, "bfloat16").kernels["rows_128"].blocks)
+    assert (rows.num_stages, rows.blocks) == (2, configs.plan(90, "bfloat16").kernels["rows_128"].blocks)
     assert table.scores_plan(gpu, "float32") == configs.plan(90, "float32")
     assert table.qk_plan("forward", gpu, 90, torch.float16, 50).stages == 3
     assert table.qk_plan("forward", gpu, 90, torch.float16, 128) == qk_launch("forward", 90, torch.float16, 128)
@@ -185,13 +185,13 @@ def test_without_a_file_or_a_name_the_table_is_built_in(file, gpu, monkeypatch, 
 
 def test_entries_that_were_measured_and_committed_come_before_the_rules(file, gpu, monkeypatch):
     table.write(file, ENTRIES)
-    better = Launch(entry().launch.blocks, 2, 3)
+    better = Launch(entry().launch.blocks, 4, 3)
     committed = {90: {ROWS: better, FORWARD: Launch({"BLOCK_M": 32, "BLOCK_N": 64}, 8, 1)}}
     monkeypatch.setattr(configs, "MEASURED", committed)
     assert configs.plan(90, "bfloat16").kernels["rows_128"] == better
     assert configs.plan(80, "bfloat16") is configs.TABLE[80]["bfloat16"]
     assert qk_launch("forward", 90, torch.float16, 64)[:4] == (32, 64, 8, 1)
-    assert table.scores_plan(gpu, "bfloat16").kernels["rows_128"].num_warps == 8  # and the user's come before them
+    assert table.scores_plan(gpu, "bfloat16").kernels["rows_128"].num_stages == 2  # and the user's come before them
 
 
 def test_a_dot_of_a_dot_has_no_more_warps_than_rows_on_hopper():
@@ -201,7 +201,7 @@ def test_a_dot_of_a_dot_has_no_more_warps_than_rows_on_hopper():
             key = Key("scores", kernel, dtype)
             builtin = space.builtin(key, 90)
             assert builtin.num_warps == 4
-            assert not space.possible(key, replace(builtin, num_warps=8), 90)
+            assert not space.fits_the_others(key, replace(builtin, num_warps=8), 90)
     for kernel in QK_BLOCKS:
         rows = "BLOCK_N" if kernel == "columns" else "BLOCK_M"
         for dtype in configs.DTYPES:
@@ -210,6 +210,23 @@ def test_a_dot_of_a_dot_has_no_more_warps_than_rows_on_hopper():
                     continue  # these are "wide"
                 builtin = space.builtin(Key("qk", kernel, dtype, head), 90)
                 assert builtin.blocks[rows] < 64 or 16 * builtin.num_warps <= builtin.blocks[rows]
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *(Key("scores", name, "bfloat16") for name in ("forward_64", "rows_64", "own_64", "whole_forward_64")),
+        Key("scores", "whole_backward_64", "bfloat16"),
+        Key("qk", "rows", "bfloat16", 64),
+        Key("qk", "columns", "bfloat16", 64),
+    ],
+)
+def test_two_warps_are_no_warp_group_which_would_form_x_by_another_instruction(key):
+    builtin = space.builtin(key, 90)
+    assert builtin.num_warps % 4 == 0
+    assert space.fits_the_others(key, builtin, 90)
+    assert not space.fits_the_others(key, replace(builtin, num_warps=2), 90)
+    assert space.fits_the_others(key, replace(space.builtin(key, 80), num_warps=2), 80)
 
 
 def test_entries_replace_what_was_measured_before():
