@@ -114,7 +114,7 @@ def fused_cacr_blocks(
     Other arguments, the formula and the return value are those of :func:`fused_cacr`.
     """
     blocks = {"tt": tt, "tv": tv, "vt": vt, "vv": vv}
-    inputs = [as_problems(name, x) for name, x in blocks.items()]
+    inputs = [as_problems(name, x, *("TR"[side == "v"] for side in name)) for name, x in blocks.items()]
     t, r = inputs[0].shape[-1], inputs[3].shape[-1]
     lead = tuple(tt.shape[:-2])
     for (name, x), shape in zip(blocks.items(), ((t, t), (t, r), (r, t), (r, r))):

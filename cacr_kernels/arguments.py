@@ -62,9 +62,10 @@ def check_float_tensor(name: str, value: Any, dims: tuple[int, ...], shape: str)
         raise ValueError(f"{name} must have shape {shape}; got {tuple(value.shape)}")
 
 
-def as_problems(name: str, value: Tensor) -> Tensor:
-    """[.., R, C] with up to two leading dimensions as [B, H, R, C]."""
-    check_float_tensor(name, value, (2, 3, 4), "[N, N], [B, N, N] or [B, H, N, N]")
+def as_problems(name: str, value: Tensor, rows: str = "N", columns: str = "N") -> Tensor:
+    """[.., R, C] with up to two leading dimensions as [B, H, R, C]; ``rows``, ``columns``: what errors call them."""
+    shapes = [f"[{lead}{rows}, {columns}]" for lead in ("", "B, ", "B, H, ")]
+    check_float_tensor(name, value, (2, 3, 4), f"{shapes[0]}, {shapes[1]} or {shapes[2]}")
     if value.dim() == 2:
         return value[None, None]
     return value[:, None] if value.dim() == 3 else value
@@ -83,7 +84,10 @@ def _span(name: str, value: Any, batch: int, device: torch.device) -> int | Tens
     """A span argument, an int or an integer tensor [B] on ``device``, as an int or a tensor of int32 or int64."""
     if isinstance(value, Tensor):
         if value.dtype not in (torch.int32, torch.int64, torch.int16, torch.uint8, torch.int8):
-            raise TypeError(f"{name} must be an int or an integer tensor [B]; got a tensor of {value.dtype}")
+            raise TypeError(
+                f"{name} must be an int or a tensor [B] of int64, int32, int16, int8 or uint8; got a tensor of "
+                f"{value.dtype}"
+            )
         if value.dim() != 1 or value.shape[0] != batch:
             raise ValueError(f"{name} must be an int or have shape [B] = [{batch}]; got {tuple(value.shape)}")
         if value.device != device:
@@ -95,6 +99,10 @@ def _span(name: str, value: Any, batch: int, device: torch.device) -> int | Tens
 def _check_range(name: str, value: int, limit: int, what: str) -> None:
     if not 0 <= value <= limit:
         raise ValueError(f"{name} must lie between 0 and {limit} ({what}); got {value}")
+
+
+def _after(name: str, start: int) -> str:
+    return f"what the sequence holds after {name} = {start}" if start else "the size of the sequence"
 
 
 def parse_spans(
@@ -176,9 +184,9 @@ def _int_spans(
 ) -> Spans:
     text_start, n_text, vision_start, n_vision = spans
     _check_range("text_start", text_start, limit_text, "the size of the sequence")
-    _check_range("n_text", n_text, limit_text - text_start, "what the sequence holds after text_start")
+    _check_range("n_text", n_text, limit_text - text_start, _after("text_start", text_start))
     _check_range("vision_start", vision_start, limit_vision, "the size of the sequence")
-    _check_range("n_vision", n_vision, limit_vision - vision_start, "what the sequence holds after vision_start")
+    _check_range("n_vision", n_vision, limit_vision - vision_start, _after("vision_start", vision_start))
     for name, value, maximum in (("n_text", n_text, max_n_text), ("n_vision", n_vision, max_n_vision)):
         if maximum is not None and value > maximum:
             raise ValueError(f"{name} must be at most max_{name} = {maximum}; got {value}")

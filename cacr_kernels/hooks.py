@@ -12,12 +12,16 @@ from torch import Tensor, nn
 class QueriesAndKeys:
     """Calling it gives q [B, H, N, D] and k [B, H_k, N, D] of an attention layer's last call, with their graph.
 
-        last = QueriesAndKeys(model.encoder.layers[-1].self_attn)  # once, before torch.compile
+        last = QueriesAndKeys(model.encoder.layers[-1].self_attn)  # once, when the model is built and not yet compiled
         output = model(inputs)
         loss = task(output) + fused_cacr_qk(*last(), n_text)
 
     ``nn.MultiheadAttention`` keeps its q and k to itself, so they are projected once more from its inputs: 4 N E^2
     flops an example. Any other layer is named by the two linear layers that make them: :meth:`of_linears`.
+
+    Set them when the model's layers are what they will be (adapters replace linear layers) and before torch.compile,
+    which is told to look at hooks (``torch._dynamo.config.skip_nnmodule_hook_guards = False``): it would run code that
+    it made for a layer without hooks, and this object would answer with the q and k of an earlier call.
     """
 
     def __init__(self, attention: nn.MultiheadAttention) -> None:
@@ -39,7 +43,8 @@ class QueriesAndKeys:
         self._attention: nn.MultiheadAttention | None = attention
         self._heads = self._key_heads = attention.num_heads
         self._clear()
-        attention.register_forward_pre_hook(self._keep_inputs, with_kwargs=True)
+        self._handles = [attention.register_forward_pre_hook(self._keep_inputs, with_kwargs=True)]
+        _guard_hooks()
 
     @classmethod
     def of_linears(cls, query: nn.Module, key: nn.Module, heads: int, key_heads: int | None = None) -> QueriesAndKeys:
@@ -51,14 +56,38 @@ class QueriesAndKeys:
             query, key: modules with one tensor as output, as ``layer.attention.attention.query`` of the ViLT of
                 Hugging Face.
             heads, key_heads: H, and H_k of grouped queries (H unless given).
+
+        Raises:
+            TypeError: query or key is no module, heads or key_heads no int.
+            ValueError: query and key are one module, or there are no heads.
         """
+        key_heads = heads if key_heads is None else key_heads
+        for name, module in (("query", query), ("key", key)):
+            if not isinstance(module, nn.Module):
+                raise TypeError(f"QueriesAndKeys expects {name} to be an nn.Module, got {type(module).__name__}")
+        for name, number in (("heads", heads), ("key_heads", key_heads)):
+            if not isinstance(number, int) or isinstance(number, bool):
+                raise TypeError(f"QueriesAndKeys expects {name} to be an int, got {type(number).__name__}")
+            if number < 1:
+                raise ValueError(f"QueriesAndKeys expects {name} to be at least 1, got {number}")
+        if query is key:
+            raise ValueError(
+                "QueriesAndKeys expects a module each for queries and keys, got one for both: of a fused projection "
+                "take q and k where the layer splits its output"
+            )
         self = cls.__new__(cls)
         self._attention = None
-        self._heads, self._key_heads = heads, key_heads or heads
+        self._heads, self._key_heads = heads, key_heads
         self._clear()
-        query.register_forward_hook(self._keep_query)
-        key.register_forward_hook(self._keep_key)
+        self._handles = [query.register_forward_hook(self._keep_query), key.register_forward_hook(self._keep_key)]
+        _guard_hooks()
         return self
+
+    def remove(self) -> None:
+        """Takes the hooks off the layer, and lets go of what they caught."""
+        for handle in self._handles:
+            handle.remove()
+        self._clear()
 
     def __call__(self) -> tuple[Tensor, Tensor]:
         """(q, k) of the last call.
@@ -70,8 +99,8 @@ class QueriesAndKeys:
         """
         if self._query is None or self._key is None:
             raise RuntimeError(
-                "QueriesAndKeys has seen no call of its layer: run the model first, and make QueriesAndKeys before "
-                "torch.compile"
+                "QueriesAndKeys has seen no call of its layer: run the model first, make QueriesAndKeys before "
+                "torch.compile, and leave torch._dynamo.config.skip_nnmodule_hook_guards False as it sets it"
             )
         if torch.is_grad_enabled() and not self._with_graph:
             raise RuntimeError(
@@ -79,6 +108,13 @@ class QueriesAndKeys:
                 "reentrant kind, which loses the gradient of its q and k: use checkpoint(..., use_reentrant=False)"
             )
         query, key = self._query, self._key
+        for name, x in (("queries", query), ("keys", key)):
+            if not isinstance(x, Tensor) or x.is_nested:
+                kind = "a nested tensor" if isinstance(x, Tensor) else type(x).__name__
+                hint = (
+                    " (nn.TransformerEncoder makes them: enable_nested_tensor=False)" if isinstance(x, Tensor) else ""
+                )
+                raise TypeError(f"QueriesAndKeys expects {name} in a dense tensor [B, N, H * D], got {kind}{hint}")
         if self._attention is not None:
             query, key = _projected(self._attention, query, key)
         return _by_head(query, self._heads), _by_head(key, self._key_heads)
@@ -101,8 +137,17 @@ class QueriesAndKeys:
         self._key = output
 
     def __getstate__(self) -> dict[str, Any]:
-        """A model is saved and copied with its hooks, but not with the activations of its last call."""
+        """A model is saved and copied with its hooks, but not with the activations of its last call.
+
+        Copy both, ``copy.deepcopy((model, last))``: this object goes on answering for the model that it was made of.
+        """
         return self.__dict__ | {"_query": None, "_key": None}
+
+
+def _guard_hooks() -> None:
+    import torch._dynamo  # a second or two, which only those pay who need it
+
+    torch._dynamo.config.skip_nnmodule_hook_guards = False
 
 
 def _projected(attention: nn.MultiheadAttention, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,7 +162,11 @@ def _projected(attention: nn.MultiheadAttention, query: Tensor, key: Tensor) -> 
         query, key = query.unsqueeze(0), key.unsqueeze(0)
     elif not attention.batch_first:
         query, key = query.transpose(0, 1), key.transpose(0, 1)
-    return F.linear(query, w_q, b_q), F.linear(key, w_k, b_k)
+    # outside the autocast that the model ran in, its inputs may have another dtype than the weights
+    return tuple(  # type: ignore[return-value]
+        F.linear(x, w.to(x.dtype), None if b is None else b.to(x.dtype))
+        for x, w, b in ((query, w_q, b_q), (key, w_k, b_k))
+    )
 
 
 def _by_head(x: Tensor, heads: int) -> Tensor:

@@ -128,6 +128,8 @@ class _Congruence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Any, ...]:
+        if not torch.compiler.is_compiling():
+            _refuse_transforms(grad_loss)
         table, *tensors = ctx.saved_tensors
         inputs, saved = tensors[: ctx.n_inputs], tensors[ctx.n_inputs :]
         if torch.compiler.is_compiling():  # compiled graphs refuse a second derivative by themselves
@@ -179,13 +181,20 @@ def _operators(variant: str) -> tuple[Any, Any]:
     return torch.ops.cacr_kernels.scores_forward, torch.ops.cacr_kernels.scores_backward
 
 
+def _refuse_transforms(grad_loss: Tensor | None = None) -> None:
+    """Raises inside torch.func transforms, also those that Dynamo traces: their gradient would be 0."""
+    traced = isinstance(torch._C._functorch.peek_interpreter_stack(), torch._C._functorch.CInterpreter)
+    if traced or (grad_loss is not None and torch._C._functorch.is_legacy_batchedtensor(grad_loss)):
+        raise RuntimeError(
+            f"fused_cacr has no torch.func transforms (grad, vmap, jvp) and no batched gradients{_REFERENCE}"
+        )
+
+
 def congruence(
     variant: str, inputs: list[Tensor], spans: Spans, options: Options, backend: str, scale: float = 1.0
 ) -> Tensor:
     """Loss [B, H] on a kernel backend, differentiable once in every input."""
-    # asked so that Dynamo can answer it: it would trace a transform, and its gradient would be 0
-    if isinstance(torch._C._functorch.peek_interpreter_stack(), torch._C._functorch.CInterpreter):
-        raise RuntimeError(f"fused_cacr has no torch.func transforms (grad, vmap, jvp){_REFERENCE}")
+    _refuse_transforms()
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     problem = (
         spans.text_start,

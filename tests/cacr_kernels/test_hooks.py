@@ -126,3 +126,105 @@ def test_bad_layers_and_calls():
     layer(torch.randn(3, 7, 16))
     with pytest.raises(ValueError, match=r"\[B, N, 3 heads \* D\], got \[3, 7, 16\]"):
         last()
+
+
+class Stack(nn.Module):
+    def __init__(self, layers) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+def test_compiled_layers_that_share_code_have_their_own_hooks():
+    """Dynamo leaves hooks out of its guards unless told: the last layer would run the code of the first."""
+    torch._dynamo.reset()
+    model = Stack([Attention(), Attention()])
+    last = of_linears(model.layers[-1])
+    inputs = [torch.randn(3, 7, 16) for _ in range(2)]
+    model(inputs[0])
+    for layer in model.layers:
+        layer.compile(backend="aot_eager")
+    model(inputs[1])
+    compiled = [x.detach() for x in last()]
+    last.remove()
+    again = of_linears(model.layers[-1])
+    with torch._dynamo.config.patch(disable=True):
+        model(inputs[1])
+    torch.testing.assert_close(compiled, [x.detach() for x in again()])
+
+
+def test_removed_hooks_catch_nothing():
+    layer, x = Attention(), torch.randn(3, 7, 16)
+    last = of_linears(layer)
+    layer(x)
+    last.remove()
+    layer(x)
+    with pytest.raises(RuntimeError, match="has seen no call"):
+        last()
+    assert not layer.query._forward_hooks
+
+
+def test_a_model_and_its_hooks_are_copied_together():
+    layer, x = Attention(), torch.randn(3, 7, 16)
+    copied, last = copy.deepcopy((layer, of_linears(layer)))
+    copied(x)
+    assert last()[0].shape == (3, 4, 7, 4)
+    last.remove()
+    assert not copied.query._forward_hooks
+
+
+def test_inputs_of_another_dtype_than_the_weights():
+    """The model ran under autocast, and `last()` is called after it."""
+    layer = nn.MultiheadAttention(16, 4, batch_first=True)
+    last, x = QueriesAndKeys(layer), torch.randn(3, 7, 16, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(x, x, x)
+    q, k = last()
+    assert q.dtype == k.dtype == torch.bfloat16
+    fused_cacr_qk(q, k, 3).backward()
+    assert layer.in_proj_weight.grad.dtype == torch.float32
+
+
+def test_nested_tensors_are_refused_in_words():
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+    model = nn.TransformerEncoder(layer, 1).eval()
+    last = QueriesAndKeys(model.layers[0].self_attn)
+    query, key = (torch.nested.nested_tensor([torch.randn(n, 16) for n in (3, 5)]) for _ in "qk")
+    last._keep_inputs(model, (query, key), {})
+    with torch.no_grad(), pytest.raises(TypeError, match=r"nested tensor .*enable_nested_tensor=False"):
+        last()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"query": torch.ones(2)}, TypeError, "query to be an nn.Module, got Tensor"),
+        ({"heads": "4"}, TypeError, "heads to be an int, got str"),
+        ({"heads": True}, TypeError, "heads to be an int, got bool"),
+        ({"heads": 0}, ValueError, "heads to be at least 1, got 0"),
+        ({"key_heads": 0}, ValueError, "key_heads to be at least 1, got 0"),
+    ],
+)
+def test_wrong_arguments_are_refused_at_once(change, error, message):
+    layer = Attention()
+    with pytest.raises(error, match=message):
+        QueriesAndKeys.of_linears(**{"query": layer.query, "key": layer.key, "heads": 4, **change})
+    assert not layer.key._forward_hooks
+
+
+def test_one_linear_for_queries_and_keys_is_refused():
+    fused = nn.Linear(16, 48)
+    with pytest.raises(ValueError, match="fused projection"):
+        QueriesAndKeys.of_linears(fused, fused, 4)
+
+
+def test_a_layer_with_several_outputs_is_refused():
+    last = QueriesAndKeys.of_linears(nn.Linear(4, 4), nn.Linear(4, 4), 2)
+    last._query = last._key = (torch.ones(1), torch.ones(1))
+    last._with_graph = True
+    with pytest.raises(TypeError, match=r"queries in a dense tensor \[B, N, H \* D\], got tuple"):
+        last()

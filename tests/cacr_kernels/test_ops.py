@@ -240,6 +240,12 @@ def test_torch_func_is_refused_in_words(kernel, device):
         torch.func.grad(function)(attn)
     with pytest.raises(RuntimeError, match=r"torch.func transforms.*backend='reference'"):
         torch.func.vmap(function)(attn)
+    with pytest.raises(Exception, match=r"torch.func transforms"):  # traced, its gradient would be zeros
+        torch.compile(lambda x: torch.func.grad(function)(x), backend="aot_eager")(attn)
+    leaf = attn.clone().requires_grad_()
+    loss = function(leaf, reduction="none")
+    with pytest.raises(RuntimeError, match=r"batched gradients.*backend='reference'"):
+        torch.autograd.grad(loss, leaf, torch.ones(3, *loss.shape, device=device), is_grads_batched=True)
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(attn, attn)
         with pytest.raises(NotImplementedError, match="forward mode AD"):  # of torch: Dynamo wants no jvp of ours
