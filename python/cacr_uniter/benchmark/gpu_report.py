@@ -96,7 +96,7 @@ def _compile(out: Path) -> list[Command]:
     """
     names = _available()
     commands = [Command([*words, "--compile-only"], weight) for words, weight in _goal_words()]
-    calls = Command(_calls(*names, "--processes", str(workers())), 2.0)
+    calls = Command(_calls(*names, "--processes", str(workers()), "--budget", SECONDS), 2.0)
     return [commands[1], commands[0], calls] if "triton" in names else [commands[1], Command(_calls("--one", *names))]
 
 
