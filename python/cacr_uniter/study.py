@@ -32,7 +32,10 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "cacr-scores": ("--aux.loss=cacr", "--aux.kind=scores", "--aux.heads=each"),
     "cacr-probs": ("--aux.loss=cacr", "--aux.kind=probs", "--aux.heads=mean"),
 }
-"""Auxiliary losses as options of `cacr train`; the rest of a run is the same."""
+"""Auxiliary losses as options of `cacr train`; the rest of a run is the same.
+
+All take both sides, IAIS too, which as published takes one in turn (presets aux-iais-*): half of the loss here.
+"""
 
 DEFAULT_VARIANTS = ("none", "iais-singular", "iais-distributed", "cacr")
 SCORES, REPORT, LOG = "scores.jsonl", "winoground.json", "study.log"
@@ -162,8 +165,10 @@ def commands(out: Path, study: Study, variant: str, seed: int, threads: int) -> 
 
 
 def _run(out: Path, study: Study, variant: str, seed: int, threads: int, stop: threading.Event) -> None:
+    from cacr_uniter.training.checkpoint import unfinished
+
     folder = run_folder(out, variant, seed)
-    if stop.is_set() or (folder / REPORT).exists():
+    if stop.is_set() or ((folder / REPORT).exists() and unfinished(folder) is None):
         return
     folder.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
@@ -188,6 +193,10 @@ def _run(out: Path, study: Study, variant: str, seed: int, threads: int, stop: t
         if process.returncode:
             stop.set()
             raise UserError(f"run {variant} of seed {seed} failed ({_reason(folder, process)}); see {folder / LOG}")
+        left = unfinished(folder)
+        if left is not None:  # training that is asked to stop saves and ends well
+            stop.set()
+            raise UserError(f"run {variant} of seed {seed} stopped at {left}; the same command goes on")
     write_json(folder / REPORT, parse_json(printed))
 
 

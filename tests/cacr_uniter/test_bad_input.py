@@ -194,6 +194,11 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], Any], str]] = {
         "boxes of",
     ),
     "counts cut": ("img/nbb_th0.2_max100_min10.json", lambda p: p.write_text('{"a'), "is not valid JSON"),
+    "counts negative": (
+        "img/nbb_th0.2_max100_min10.json",
+        lambda p: p.write_text(json.dumps({f"{image}.npz": 2 - 5 * (image == 3) for image in range(20)})),
+        "says -3 regions for '3.npz', expected 0 or more",
+    ),
     "texts truncated": ("txt/train.db/data.mdb", truncate, "data.mdb is truncated"),
     "lengths gone": ("txt/train.db/id2len.json", lambda p: p.unlink(), "id2len.json is missing"),
     "lengths are words": ("txt/train.db/id2len.json", lambda p: p.write_text('{"0": "z"}'), "of whole numbers"),

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from cacr_uniter.errors import UserError
@@ -16,8 +20,12 @@ from cacr_uniter.evaluation.scoring import load_model
 from cacr_uniter.model import UniterConfig, UniterForRetrieval
 from cacr_uniter.training.best import METRICS, Best
 from cacr_uniter.training.checkpoint import MODEL, SUMS, verify_weights
-from cacr_uniter.training.testing import VOCABULARY, small_config, small_run, synthetic_source
-from cacr_uniter.training.validation import validate
+from cacr_uniter.training.config import TrainConfig
+from cacr_uniter.training.data import open_dataset, open_source, resolve
+from cacr_uniter.training.source import MemorySource
+from cacr_uniter.training.step import Stepper
+from cacr_uniter.training.testing import VOCABULARY, small_config, small_run, synthetic_source, write_databases
+from cacr_uniter.training.validation import measure, validate
 
 
 def model(seed: int) -> UniterForRetrieval:
@@ -76,6 +84,31 @@ def test_a_later_part_of_the_run_remembers_it(tmp_path: Path) -> None:
     assert not again.offer(record(8, 25.0), model(1))
     assert Best(tmp_path, "ir_r1", start=2).offer(record(4, 25.0), model(1)), "weights of a lost step must give way"
     assert Best(tmp_path, "tr_r1", start=6).offer(record(8, 0.0, 1.0), model(1)), "another metric begins anew"
+
+
+def test_values_of_another_measure_are_not_compared(tmp_path: Path) -> None:
+    Best(tmp_path, "ir_r1", measured="2 candidates").offer(record(4, 70.0), model(0))
+    same = Best(tmp_path, "ir_r1", 6, measured="2 candidates")
+    assert (same.value, same.remark) == (70.0, "")
+    assert Best(tmp_path, "ir_r1", 6).step == 4, "no validation comes: they stay the run's best"
+    other = Best(tmp_path, "ir_r1", 6, measured="12 candidates")
+    assert "of step 4, were chosen by ir_r1 on 2 candidates, now it is ir_r1 on 12 candidates" in other.remark
+    assert other.path is None
+    assert other.offer(record(8, 30.0), model(1))
+
+
+def test_a_measure_is_that_of_settings_and_data(tmp_path: Path) -> None:
+    data = replace(TrainConfig().data, scenes=str(write_databases(tmp_path)), cache="disk")
+    dataset = open_dataset(resolve(data), "val")
+    assert dataset is not None
+    disk = open_source(dataset, data)
+    assert not isinstance(disk, MemorySource)
+    run = TrainConfig().run
+    expected = measure(disk, run)
+    assert measure(MemorySource.load(disk), replace(run, out="elsewhere", threads=1)) == expected
+    others = [measure(synthetic_source(seed=1), run), measure(synthetic_source(n_images=10), run)]
+    others += [measure(disk, replace(run, **{name: 7})) for name in ("validation_anchors", "validation_candidates")]
+    assert len({expected, measure(disk, replace(run, seed=7)), *others}) == 6
 
 
 def test_damaged_weights_count_as_none(tmp_path: Path) -> None:
@@ -173,3 +206,57 @@ def test_killed_and_resumed_the_same_weights_are_best(tmp_path: Path) -> None:
         assert torch.equal(kept(out)[name], value), name
     sizes = [json.loads((run / "best" / "uniter.json").read_text()) for run in (tmp_path / "whole", out)]
     assert sizes[0] == sizes[1]
+
+
+@pytest.fixture
+def killed_at_5(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Runs a configuration that is killed in the step after its fifth."""
+
+    def dying(self: Stepper, step: int, begin: Any = Stepper.begin) -> None:
+        if step == 5:
+            raise RuntimeError("killed")
+        begin(self, step)
+
+    def run(config: TrainConfig) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(Stepper, "begin", dying)
+            with pytest.raises(RuntimeError, match="killed"):
+                small_run(config, validation=synthetic_source(seed=1))
+
+    return run
+
+
+def test_resumed_with_other_candidates_the_best_is_chosen_anew(
+    tmp_path: Path, killed_at_5: Callable[..., None]
+) -> None:
+    """Of 2 candidates the match is the first more often than of 12."""
+    fields = {"run__validate_every": 3, "run__checkpoint_every": 4}
+    killed_at_5(small_config(tmp_path, run__validation_candidates=2, **fields))
+    result = small_run(
+        small_config(tmp_path, run__validation_candidates=12, **fields), validation=synthetic_source(seed=1)
+    )
+    values = {r["step"]: METRICS["mean_r1"](r) for r in result.history if r["event"] == "validation"}
+    assert values[3] > max(values[6], values[8]), "of 2 candidates"
+    with safe_open(tmp_path / "best" / MODEL, framework="numpy") as file:
+        assert int(file.metadata()["step"]) == max((6, 8), key=lambda step: (values[step], -step))
+    (remark,) = [r for r in result.history if r["event"] == "best"]
+    assert (remark["step"], "the next validation starts anew" in remark["report"]) == (4, True)
+
+
+def test_the_best_of_a_run_that_is_not_continued_is_set_aside(
+    tmp_path: Path, killed_at_5: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in (1, 2):
+        killed_at_5(small_config(tmp_path, run__validate_every=3, run__checkpoint_every=100))
+        before = kept(tmp_path)
+        result = small_run(small_config(tmp_path, optim__lr=1e-4, run__report=True), progress=True)
+        assert result.best_path is None
+        assert result.report_path is not None
+        assert "best on validation" not in result.report_path.read_text()
+        assert not (tmp_path / "best").exists()
+        assert f"{tmp_path}/best is of an earlier run" in capsys.readouterr().err
+        (remark,) = [r["report"] for r in result.history if r["event"] == "best"]
+        assert remark.endswith(f"best-{number} now")
+        aside = load_file(tmp_path / f"best-{number}" / MODEL)
+        assert all(torch.equal(value, before[name]) for name, value in aside.items())
+        shutil.rmtree(tmp_path / "checkpoints")

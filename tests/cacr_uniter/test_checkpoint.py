@@ -266,6 +266,19 @@ def test_files_that_do_not_fit_are_refused(pretrained: State, tmp_path: Path) ->
     assert "left at their initial value" in str(report)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused(value: float, tmp_path: Path) -> None:
+    """Else training would blame its learning rate for them."""
+    source, model = make(1), make(2)
+    with torch.no_grad():
+        source.rank_output.weight[0, 3] = value
+    export_safetensors(source, tmp_path / "weights.safetensors")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(UserError, match=r"weights\.safetensors: 1 tensors .* not finite, first rank_output\.weight"):
+        load_checkpoint(model, tmp_path / "weights.safetensors")
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
 def test_export_and_reload(tmp_path: Path) -> None:
     source, model = make(1), make(2)
     path = tmp_path / "model.safetensors"

@@ -82,8 +82,16 @@ def test_length_filter(databases: tuple[TextDB, ImageDB]) -> None:
     assert dataset.img2txts == {"a.npz": ["11"], "c.npz": ["13"]}
     with pytest.raises(UserError, match="no caption of at most 0"):
         RetrievalDataset(*databases, max_text_length=0)
-    with pytest.raises(UserError, match="5 word pieces and the model takes 4"):
-        RetrievalDataset(*databases, max_positions=6)
+
+
+def test_captions_longer_than_the_model_takes(databases: tuple[TextDB, ImageDB]) -> None:
+    dataset = RetrievalDataset(*databases)
+    dataset.check_lengths(7)
+    with pytest.raises(UserError, match="caption '12' has 5 word pieces and the model takes 4; shorten or remove it"):
+        dataset.check_lengths(6)
+    dataset.restricted([0, 1]).check_lengths(6)
+    with pytest.raises(UserError, match=r"out of the training with data\.max_text 4 or less"):
+        RetrievalDataset(*databases, training=True).check_lengths(6)
 
 
 def test_restricted(databases: tuple[TextDB, ImageDB]) -> None:
@@ -109,6 +117,13 @@ def test_databases_that_do_not_belong_together(databases: tuple[TextDB, ImageDB]
         writer.write("b.npz", np.zeros((1, 6)), np.zeros((1, 6)))
     with pytest.raises(UserError, match=r"2 of 3 images of the captions are missing, first 'a.npz'"):
         RetrievalDataset(databases[0], ImageDB(tmp_path / "other"))
+    left = RetrievalDataset(databases[0], ImageDB(tmp_path / "other"), skip_missing=True, training=True)
+    assert (left.caption_ids, left.image_names) == (["12"], ["b.npz"])
+    assert left.skipped is not None
+    assert "2 of 3 images of the captions are missing, first 'a.npz': 3 captions left out" in left.skipped
+    with pytest.raises(UserError, match=r"2 of 2 images .* belong together"):
+        RetrievalDataset(left.text_db, ImageDB(tmp_path / "other"), 3, skip_missing=True, training=True)
     dataset = RetrievalDataset(*databases)
+    assert dataset.skipped is None
     with pytest.raises(UserError, match="no record '99'"):
         dataset.batch([("99", "a.npz")])

@@ -10,6 +10,7 @@ import pytest
 from cacr_uniter.data.check import check_database
 from cacr_uniter.data.importers import import_captions
 from cacr_uniter.data.lmdb import ImageDBWriter, TextDB, TextDBWriter
+from cacr_uniter.data.testing import packed, published_folder, random_image
 from cacr_uniter.data.tokenize import train_vocabulary, write_vocabulary
 from cacr_uniter.errors import UserError
 
@@ -123,6 +124,30 @@ def test_check_finds_what_is_wrong_with_images(tmp_path: Path) -> None:
     ):
         assert problem in text
     assert len(report.problems) == 5
+
+
+@pytest.mark.parametrize(("name", "cut"), [("feat_th0.2_max100_min10", True), ("feat_numbb12", True), ("all", False)])
+@pytest.mark.parametrize("suffix", ["", "_compressed"])
+def test_records_of_a_cut_folder_have_as_many_regions_as_are_counted(
+    name: str, cut: bool, suffix: str, tmp_path: Path
+) -> None:
+    folder = published_folder(tmp_path / (name + suffix), {"a.npz": packed(random_image(0))})
+    counts = folder / "nbb.json" if name == "all" else tmp_path / f"{name.replace('feat', 'nbb')}.json"
+    for count, sound in ((12, True), (3, not cut)):
+        counts.write_text(json.dumps({"a.npz": count}))
+        report = check_database(folder)
+        assert report.ok == sound
+        assert report.problems == ([] if sound else ["a.npz: 12 regions, the counts file says 3"])
+
+
+def test_check_finds_captions_that_no_published_model_takes(tmp_path: Path) -> None:
+    with TextDBWriter(tmp_path / "t.db", {"UNK": 1, "CLS": 2, "SEP": 3, "MASK": 4}, 20, "v") as writer:
+        writer.write("1", [5] * 510, "a.npz")
+        writer.write("2", [5] * 511, "a.npz")
+    (problem,) = check_database(tmp_path / "t.db").problems
+    assert problem.startswith(
+        "2: 511 pieces, UNITER takes 510; shorten or remove it (training leaves it out by data.max_t"
+    )
 
 
 def test_check_finds_what_is_wrong_with_captions(tmp_path: Path) -> None:

@@ -227,6 +227,7 @@ def test_damaged_rows_stop_the_import_or_are_left_out(message: str, tmp_path: Pa
     report = import_features("butd-tsv", source, tmp_path / "img", skip_bad=True)
     assert report.images == 3
     assert len(report.skipped) == 1
+    assert "captions whose image was left out; data.missing skip leaves them out too" in str(report)
 
 
 def test_remarks(tmp_path: Path) -> None:

@@ -265,6 +265,8 @@ def test_pairs_keep_a_text_and_an_image_once_and_pad_to_the_chosen() -> None:
         ({"hidden_act": "relu"}, "gelu"),
         ({"num_hidden_layers": 0}, "positive int"),
         ({"hidden_dropout_prob": 1.0}, "probability"),
+        ({"vocabulary": {"CLS": 101}}, "expected size and ids"),
+        ({"vocabulary": {"size": "many"}}, "expected size and ids"),
     ],
 )
 def test_bad_configuration_is_named(values: dict[str, Any], message: str) -> None:

@@ -100,8 +100,14 @@ def stepper_of(config: TrainConfig) -> Stepper:
 
 
 def allocated(function: Callable[[], Any]) -> int:
-    """Most bytes that torch's allocator held at once for the function, temporaries inside operators included."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    """Most bytes that torch's allocator held at once for the function, temporaries inside operators included.
+
+    Without oneDNN, whose bfloat16 products take memory that depends on the CPU.
+    """
+    with (
+        torch.backends.mkldnn.flags(enabled=False),
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled,
+    ):
         function()
     events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
     live = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
@@ -114,7 +120,7 @@ def test_the_plan_is_what_the_allocator_gives(tmp_path: Path, case: str) -> None
     stepper = stepper_of(config)
     *_, portion = stepper.portions(config.optim.steps - 1)
     measured = allocated(lambda: stepper.backward(portion))
-    near = 0.03 if config.run.precision == "fp32" else 0.1  # bf16 products of a CPU take memory within
+    near = 0.03 if config.run.precision == "fp32" else 0.05
     plan = make_plan(sizes_of(config), config, TEXT, REGIONS)
     assert plan.use(8).training == pytest.approx(measured, rel=near)
     if config.batch.mining == "hard":

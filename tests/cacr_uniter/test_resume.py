@@ -21,6 +21,7 @@ from cacr_uniter.data.testing import Payload
 from cacr_uniter.errors import UserError
 from cacr_uniter.training import checkpoint as checkpoints
 from cacr_uniter.training.checks import differences
+from cacr_uniter.training.step import Stepper
 from cacr_uniter.training.testing import numbers, small_config, small_run
 
 KILLED = -signal.SIGKILL
@@ -221,6 +222,33 @@ def test_the_same_command_goes_on_where_a_named_checkpoint_was_the_start(whole: 
     assert [record["step"] for record in again.history if record["event"] == "train"] == [7, 8]
     last = [load_file(out / "checkpoints" / "step-00000008" / checkpoints.MODEL) for out in (whole, tmp_path)]
     assert all(torch.equal(last[0][key], last[1][key]) for key in last[0])
+
+
+def test_the_log_of_a_run_that_is_not_continued_is_dropped(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed before a checkpoint, run once more from other weights, then from the middle of another run."""
+    begin, killed = Stepper.begin, RuntimeError("killed")
+
+    def dying(self: Stepper, step: int) -> None:
+        if step == 7:
+            raise killed
+        begin(self, step)
+
+    monkeypatch.setattr(Stepper, "begin", dying)
+    sizes = dict.fromkeys(("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"), "null")
+    start = {f"model__{name}": value for name, value in sizes.items()} | {"run__checkpoint_every": 100}
+    for step in (2, 4):
+        shutil.copytree(whole / "checkpoints" / "step-00000006", tmp_path / f"start{step}", dirs_exist_ok=True)
+        with pytest.raises(RuntimeError, match="killed"):
+            small_run(small_config(tmp_path / "run", model__checkpoint=tmp_path / f"start{step}", **start))
+        told = [record["report"] for record in log(tmp_path / "run") if record["event"] == "weights"]
+        assert len(told) == 1
+        assert f"start{step}" in told[0]
+    monkeypatch.undo()
+    middle = whole / "checkpoints" / "step-00000006"
+    result = small_run(small_config(tmp_path / "run", run__resume=str(middle)))
+    assert [record["step"] for record in result.history] == [7, 8]
 
 
 def test_a_checkpoint_may_take_the_place_of_one_of_the_same_step(whole: Path, tmp_path: Path) -> None:

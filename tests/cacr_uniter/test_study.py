@@ -38,6 +38,10 @@ if words[0] == "train":
         signal.signal(signal.SIGTERM, save)
         os.kill(os.getppid(), signal.SIGTERM)
         time.sleep(5)
+    done = 86 if (pathlib.Path(__file__).parent / "stopped").exists() else 300
+    checkpoint = pathlib.Path(option["--run.out"], "checkpoints", f"step-{done:08d}")
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    (checkpoint / "state.json").write_text(json.dumps({"config": {"optim": {"steps": 300}}}))
     raise SystemExit(0)
 seed = int(words[words.index("--checkpoint") + 1][-1])
 part = {name: {"score": 50 + seed + 10 * ("cacr" in words[3])} for name in ("text", "image", "group")}
@@ -95,6 +99,20 @@ def test_a_killed_run_says_so(fake: Path) -> None:
     with pytest.raises(UserError, match=r"run cacr of seed 0 failed \(stopped by signal 9"):
         run_study(fake / "out", STUDY, 1, quiet)
     assert not (fake / "out" / "cacr-seed2").exists(), "nothing is begun after a failure"
+
+
+def test_a_run_that_was_asked_to_stop_is_no_result(fake: Path) -> None:
+    """Training saves, ends with status 0, and has weights to score."""
+    (fake / "stopped").touch()
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"run none of seed 0 stopped at step 86 of 300; the same command goes on"):
+            run_study(fake / "out", STUDY, 1, quiet)
+        # the second time with the scores that earlier versions took from it
+        (run_folder(fake / "out", "none", 0) / module.REPORT).write_text("{}")
+    (fake / "stopped").unlink()
+    results = run_study(fake / "out", STUDY, 1, quiet)
+    assert results["scores"]["none"]["group"] == {"0": 50.0, "1": 51.0, "2": 52.0}
+    assert trained(fake) == 2 + 6
 
 
 def test_a_terminated_study_stops_its_runs_and_goes_on(fake: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from cacr_uniter import files
 from cacr_uniter.errors import UserError
 from cacr_uniter.training import checkpoint as checkpoints
 from cacr_uniter.training.build import build_accelerator, build_model, model_config
+from cacr_uniter.training.logs import RunLog
 from cacr_uniter.training.optim import FlatGradients, build_optimizer, decayed, trained_parameters
 from cacr_uniter.training.step import Stepper
 from cacr_uniter.training.testing import VOCABULARY, numbers, small_config, small_run, synthetic_source
@@ -289,6 +291,44 @@ def test_a_full_disk_under_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(files, "flush", lambda path: None)  # which a device refuses
     with pytest.raises(UserError, match=r"log .* could not be written \(no space left on the device\)"):
         small_run(small_config(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [
+        "log",
+        "cacr_uniter.training.best.save_file",
+        "torch.utils.tensorboard.SummaryWriter.add_scalar",
+        "cacr_uniter.training.logs.write_text",
+        "cacr_uniter.training.trainer.write_text",
+    ],
+)
+def test_a_full_disk_names_the_last_checkpoint(tmp_path: Path, refused: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fields = {"optim__steps": 3, "run__tensorboard": True, "run__validate_every": 1}
+    small_run(small_config(tmp_path, **fields))
+    checkpoints._remove(tmp_path / "checkpoints" / "step-00000003")
+    last = tmp_path / "checkpoints" / "step-00000002"
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    def opened(self: RunLog, *args: Any, begin: Any = RunLog.__init__) -> None:
+        begin(self, *args)
+        self._file = SimpleNamespace(name="log", write=full, close=str)
+
+    if refused == "log":
+        monkeypatch.setattr(RunLog, "__init__", opened)
+    else:
+        monkeypatch.setattr(refused, full)
+    with pytest.raises(UserError, match=rf"no space left on the device\): .*; the last good checkpoint is {last}"):
+        small_run(small_config(tmp_path, **fields), validation=synthetic_source(seed=1))
+
+
+def test_the_environment_does_not_scale_gradients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = gradient(make_stepper(tmp_path))
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    assert torch.equal(gradient(make_stepper(tmp_path)), expected)
+    assert expected.abs().max() > 0
 
 
 def test_bfloat16_trains_with_float32_weights_and_losses(tmp_path: Path) -> None:

@@ -274,6 +274,25 @@ def test_a_ranking_head_made_of_the_matching_head_is_told(
     np.testing.assert_allclose(found, score_examples(model, dataset, examples), atol=1e-6)
 
 
+def test_a_run_that_is_not_finished_is_told(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(world / "run", run)
+    last = run / "checkpoints" / "step-00000003"
+    shutil.copytree(last, run / "best", ignore=shutil.ignore_patterns("state.json"))
+    told: list[str] = []
+    for steps in (3, 300):
+        state = json.loads((last / "state.json").read_text())
+        state["config"]["optim"]["steps"] = steps
+        (last / "state.json").write_text(json.dumps(state))
+        for folder in (run, run / "best"):
+            for command in (["winoground"], ["retrieval", "--max-images", "1", "--out", str(tmp_path / "scores")]):
+                words = ["--checkpoint", str(folder), "--data", str(world / "scenes")]
+                assert cli.main(["eval", *command, *words]) == 0
+                told.append(capsys.readouterr().err)
+    notice = "step 3 of 300: training is not finished\n"
+    assert [notice in err for err in told] == [False] * 4 + [True] * 4
+
+
 def test_wrong_tags_are_told_before_the_model_scores(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

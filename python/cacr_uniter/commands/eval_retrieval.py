@@ -40,6 +40,7 @@ def evaluate(args: argparse.Namespace, rank: int, processes: int) -> dict[str, A
     from cacr_uniter.evaluation import matrix
     from cacr_uniter.evaluation.retrieval import recall, subset
     from cacr_uniter.evaluation.scoring import load_model, pick_device, run_rule
+    from cacr_uniter.training.checkpoint import unfinished
     from cacr_uniter.training.config import DataConfig
     from cacr_uniter.training.data import open_source
 
@@ -49,12 +50,16 @@ def evaluate(args: argparse.Namespace, rank: int, processes: int) -> dict[str, A
     device = pick_device(_own_device(args.device, int(os.environ.get("LOCAL_RANK", "0"))))
     say = tell if rank == 0 else lambda text: None
     data_sizes = text_db.vocab_size, dataset.feature_dim
-    model = load_model(args.checkpoint, args.model_size, *data_sizes, device, args.head, say)
+    model = load_model(args.checkpoint, args.model_size, *data_sizes, device, args.head, say, text_db.vocabulary)
+    left = unfinished(args.checkpoint)
+    if left is not None:
+        say(f"{left}: training is not finished")
     say(f"regions of {dataset.image_db.folder}: {dataset.image_db.rule}")
     limit = args.max_images or len(dataset.image_names)
     number = {name: i for i, name in enumerate(dataset.image_names)}
     chosen = subset([number[dataset.txt2img[key]] for key in dataset.caption_ids], limit)
     dataset = dataset.restricted(chosen)
+    dataset.check_lengths(model.config.max_position_embeddings)
     sizes = [dataset.image_db.count(name) for name in dataset.image_names]
     order = np.argsort(sizes, kind="stable")
     identity = matrix.Identity(

@@ -16,6 +16,9 @@ from cacr_uniter.errors import UserError
 
 Progress = Callable[[str, int, int], None]
 SHOWN = 10
+PUBLISHED_POSITIONS = 512
+"""Position embeddings of base and large, [CLS] and [SEP] included."""
+
 BOX_TOLERANCE = 4e-3
 
 
@@ -82,8 +85,9 @@ def _check_images(folder: Path, rule: BoxRule | None, progress: Progress | None)
             counts.append(database.count(name))
             widths.add(int(arrays["features"].shape[1]))
             report.problems += _box_problems(name, arrays)
-            if counts[-1] > len(arrays["norm_bb"]):
-                report.problems.append(f"{name}: {len(arrays['norm_bb'])} regions, the counts file says {counts[-1]}")
+            size = len(arrays["norm_bb"])
+            if counts[-1] > size or (database.is_cut and database.has_counts and counts[-1] != size):
+                report.problems.append(f"{name}: {size} regions, the counts file says {counts[-1]}")
         except UserError as error:
             report.problems.append(str(error))
         if progress is not None:
@@ -113,13 +117,21 @@ def _check_texts(folder: Path, images: ImageDB | None, progress: Progress | None
                 report.problems.append(f"{caption_id}: image {caption.image}, txt2img.json says otherwise")
             if caption_id not in database.img2txts.get(caption.image, []):
                 report.problems.append(f"{caption_id}: not in img2txts.json under {caption.image}")
+            if len(caption.input_ids) + 2 > PUBLISHED_POSITIONS:
+                report.problems.append(
+                    f"{caption_id}: {len(caption.input_ids)} pieces, UNITER takes {PUBLISHED_POSITIONS - 2}; shorten "
+                    "or remove it (training leaves it out by data.max_text, validation and evaluation refuse it)"
+                )
         except UserError as error:
             report.problems.append(str(error))
         if progress is not None:
             progress("captions", done, len(database))
     absent = [name for name in database.img2txts if images is not None and name not in images]
     if absent:
-        report.problems.append(f"{len(absent)} images are not in the image database, first {absent[0]!r}")
+        report.problems.append(
+            f"{len(absent)} images are not in the image database, first {absent[0]!r} (cacr train: data.missing skip "
+            "leaves their captions out)"
+        )
     if not len(database):
         report.problems.append("holds no caption")
     report.records = len(database)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 from collections.abc import Sequence
+from typing import Any
 
 from cacr_uniter.data.batch import Batch, Pairs, collate
 from cacr_uniter.data.image_db import ImageDB
@@ -18,40 +21,89 @@ class RetrievalDataset:
         text_db: captions.
         image_db: region features of at least the captions' images.
         max_text_length: captions of more word pieces are left out (60 in the published training); None keeps all.
-        max_positions: position embeddings of the model; a longer text cannot be embedded.
+        skip_missing: leave out captions whose image is not in the image database, instead of refusing them.
+        training: the pairs train a model, so that errors may advise fields of `cacr train` that leave captions out.
 
     Attributes:
         caption_ids: ids in the database's order.
         image_names: images of these captions, each once, in order of first mention.
         txt2img: caption id -> image name.
         img2txts: image name -> ids of its captions, only those in `caption_ids`.
+        skipped: what was left out for want of images, in words; None if nothing was.
 
     Raises:
-        UserError: no caption is left, an image of a caption is not in the image database, or a caption is too long for
-            the model.
+        UserError: no caption is left, or an image of a caption is not in the image database.
     """
 
     def __init__(
-        self, text_db: TextDB, image_db: ImageDB, max_text_length: int | None = None, max_positions: int = 512
+        self,
+        text_db: TextDB,
+        image_db: ImageDB,
+        max_text_length: int | None = None,
+        *,
+        skip_missing: bool = False,
+        training: bool = False,
     ) -> None:
         self.text_db = text_db
         self.image_db = image_db
+        self.training = training
+        self.skipped: str | None = None
         self._texts: dict[str, list[int]] = {}
         self._use(text_db.ids(max_text_length))
         if not self.caption_ids:
             raise UserError(f"text database {text_db.folder}: no caption of at most {max_text_length} word pieces")
-        longest = max(text_db.lengths[caption_id] for caption_id in self.caption_ids)
-        if longest + 2 > max_positions:
-            raise UserError(
-                f"text database {text_db.folder}: a caption has {longest} word pieces and the model takes "
-                f"{max_positions - 2}; leave such captions out (cacr train: data.max_text)"
-            )
-        absent = [name for name in self.image_names if name not in image_db]
+        absent = {name for name in self.image_names if name not in image_db}
         if absent:
+            self._leave_out(absent, skip_missing)
+
+    def _leave_out(self, absent: set[str], allowed: bool) -> None:
+        first = next(name for name in self.image_names if name in absent)
+        problem = (
+            f"image database {self.image_db.folder}: {len(absent)} of {len(self.image_names)} images of the captions "
+            f"are missing, first {first!r}"
+        )
+        if not allowed or len(absent) == len(self.image_names):
+            cure = "import these images too; validation and evaluation leave no caption out"
+            if self.training:
+                cure = "import these images too, or leave their captions out (data.missing skip)"
+            raise UserError(f"{problem}; do text and image database belong together? If they do, {cure}")
+        kept = [caption_id for caption_id in self.caption_ids if self.txt2img[caption_id] not in absent]
+        self.skipped = f"{problem}: {len(self.caption_ids) - len(kept)} captions left out (data.missing skip)"
+        self._use(kept)
+
+    def check_lengths(self, max_positions: int) -> None:
+        """Refuses captions that a model has no positions for.
+
+        Args:
+            max_positions: position embeddings of the model, [CLS] and [SEP] included.
+
+        Raises:
+            UserError: a caption is longer.
+        """
+        longest = max(self.caption_ids, key=self.text_db.lengths.__getitem__)
+        if self.text_db.lengths[longest] + 2 > max_positions:
+            cure = "shorten or remove it in the database: validation and evaluation leave no caption out"
+            if self.training:
+                cure = f"leave such captions out of the training with data.max_text {max_positions - 2} or less"
             raise UserError(
-                f"image database {image_db.folder}: {len(absent)} of {len(self.image_names)} images of the captions "
-                f"are missing, first {absent[0]!r}; do text and image database belong together?"
+                f"text database {self.text_db.folder}: caption {longest!r} has {self.text_db.lengths[longest]} word "
+                f"pieces and the model takes {max_positions - 2}; {cure}"
             )
+
+    def identity(self) -> dict[str, Any]:
+        """What tells these pairs from others, wherever the databases lie; reads no record but the first image's.
+
+        Returns:
+            captions, images, feature_dim, and the SHA-256 of the vocabulary and of every caption's id, length and
+            image, in order. Features and pieces of the same sizes under the same names are not told apart.
+        """
+        vocabulary = sorted(self.text_db.vocabulary.items())
+        found = hashlib.sha256(json.dumps([vocabulary, self.feature_dim]).encode("utf-8"))
+        for caption_id in self.caption_ids:
+            line = [caption_id, self.text_db.lengths[caption_id], self.txt2img[caption_id]]
+            found.update(json.dumps(line).encode("utf-8"))
+        sizes = {"captions": len(self), "images": len(self.image_names), "feature_dim": self.feature_dim}
+        return {**sizes, "sha256": found.hexdigest()}
 
     def _use(self, caption_ids: list[str]) -> None:
         self.caption_ids = caption_ids

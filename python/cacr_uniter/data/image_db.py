@@ -51,7 +51,7 @@ class ImageDB:
         cache_bytes: decoded regions are kept in memory, first come, until they fill this many bytes; not pickled.
 
     Raises:
-        UserError: no such database, one made by another rule, or its files are damaged.
+        UserError: no such database, one made by another rule, its files are damaged, or a box count is negative.
     """
 
     def __init__(self, folder: str | Path, rule: BoxRule | None = None, cache_bytes: int = 1 << 28) -> None:
@@ -94,6 +94,11 @@ class ImageDB:
     def _holds_all(self) -> bool:
         return self.folder.name.removesuffix("_compressed") == "all"
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether the folder's name tells a box rule: then its records hold the regions that are used and no others."""
+        return BoxRule.of_folder(self.folder.name) is not None
+
     def _read_counts(self) -> dict[str, int] | None:
         name = self.folder.name.removesuffix("_compressed")
         beside = self.folder.parent / f"{name.replace('feat_', 'nbb_', 1)}.json"
@@ -103,6 +108,12 @@ class ImageDB:
         counts = read_json(path, "image database")
         if not isinstance(counts, dict) or not all(type(count) is int for count in counts.values()):
             raise UserError(f"image database {self.folder}: {path} is not a map of names to box counts")
+        negative = next((name for name, count in counts.items() if count < 0), None)
+        if negative is not None:
+            raise UserError(
+                f"image database {self.folder}: {path} says {counts[negative]} regions for {negative!r}, expected 0 or "
+                "more; copy or create it again"
+            )
         return counts
 
     @property

@@ -10,6 +10,7 @@ import numpy as np
 from cacr_uniter.data.box_rule import BoxRule
 from cacr_uniter.data.image_db import ImageDB, Regions
 from cacr_uniter.data.text_db import Caption, TextDB
+from cacr_uniter.data.vocabulary import in_words, same_vocabulary
 from cacr_uniter.errors import UserError
 
 
@@ -21,6 +22,20 @@ def open_texts(folders: str | Sequence[str]) -> TextDB:
 def open_images(folders: str | Sequence[str], rule: BoxRule) -> ImageDB:
     """The image database of one folder, or those of several as one."""
     return ImageDB(folders, rule) if isinstance(folders, str) else JoinedImages(folders, rule)
+
+
+def check_vocabularies(first: TextDB, second: TextDB) -> None:
+    """Refuses captions for one model that were split with different vocabularies.
+
+    Raises:
+        UserError: they differ in the number of pieces or in the ids of CLS, SEP or MASK.
+    """
+    if not same_vocabulary(first.vocabulary, second.vocabulary):
+        raise UserError(
+            f"text databases {first.folder} and {second.folder} have different vocabularies: "
+            f"{in_words(first.vocabulary)} and {in_words(second.vocabulary)}; make one of them again with the "
+            "vocabulary of the other (cacr data import)"
+        )
 
 
 class JoinedTexts(TextDB):
@@ -40,8 +55,7 @@ class JoinedTexts(TextDB):
         self.lengths, self.txt2img, self.img2txts = {}, {}, {}
         self._part_of: dict[str, TextDB] = {}
         for part in parts:
-            if (part.cls, part.sep, part.vocab_size) != (self.cls, self.sep, self.vocab_size):
-                raise UserError(f"text databases {first.folder} and {part.folder} have different vocabularies")
+            check_vocabularies(first, part)
             twice = next((key for key in part.lengths if key in self.lengths), None)
             if twice is not None:
                 raise UserError(

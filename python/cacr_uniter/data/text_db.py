@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from cacr_uniter.data import codec
 from cacr_uniter.data.lmdb_store import Reader, Writer, read_json
+from cacr_uniter.data.vocabulary import Vocabulary
 from cacr_uniter.errors import UserError
 from cacr_uniter.files import write_json
 
@@ -74,6 +75,15 @@ class TextDB:
         if not max(self.cls, self.sep) < given[1]:
             raise UserError(f"text database {self.folder}: CLS and SEP lie outside the vocabulary of {given[1]}")
         return int(given[1])
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Size and special ids, to tell vocabularies apart.
+
+        Without the start of v_range: the published program and ours begin it at different places of one vocabulary.
+        """
+        known = {"size": self.vocab_size, "CLS": self.cls, "SEP": self.sep}
+        return known | {name: value for name, value in self.meta.items() if name == "MASK" and type(value) is int}
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -16,6 +16,7 @@ from cacr_uniter.data.box_rule import BoxRule
 from cacr_uniter.data.dataset import RetrievalDataset
 from cacr_uniter.data.image_db import ImageDB
 from cacr_uniter.data.text_db import TextDB
+from cacr_uniter.data.vocabulary import Vocabulary, in_words, same_vocabulary
 from cacr_uniter.errors import UserError
 from cacr_uniter.evaluation.examples import Example, read_examples
 from cacr_uniter.model.checkpoint import load_checkpoint
@@ -79,8 +80,9 @@ def score_examples(
     """Winoground scores [n, 2, 2], indexed [example, caption, image].
 
     Raises:
-        UserError: a caption or image of an example is not in the databases.
+        UserError: a caption or image of an example is not in the databases, or a caption is too long for the model.
     """
+    dataset.check_lengths(model.config.max_position_embeddings)
     captions = [example.caption_ids or _caption_ids(example, dataset) for example in examples]
     for example, ids in zip(examples, captions, strict=True):
         for kind, names, known in (
@@ -145,6 +147,7 @@ def load_model(
     device: torch.device,
     head: Head = "rank",
     say: Callable[[str], None] = lambda text: None,
+    vocabulary: Vocabulary | None = None,
 ) -> UniterForRetrieval:
     """A model from a training run (its folder, or one checkpoint's folder), or from a local weights file.
 
@@ -153,7 +156,8 @@ def load_model(
         size: for a file: "base", "large" or the path of a configuration JSON; None is "base".
         vocab_size, img_dim: of the data; they must fit the model.
         head: that will score; a missing ranking head is made from the match row of the matching head.
-        say: told what was loaded.
+        say: told what was loaded, and warned where weights of unknown captions have more word pieces than the data.
+        vocabulary: of the data; it must be that of the captions which trained the model, where both are known.
 
     Raises:
         UserError: nothing loadable there, it is damaged, does not fit the data, or lacks the head or never trained it.
@@ -173,6 +177,17 @@ def load_model(
         raise UserError(
             f"--checkpoint: {path} has a vocabulary of {config.vocab_size} and region features of {config.img_dim} "
             f"numbers, the data {vocab_size} and {img_dim}; they must belong together"
+        )
+    known = config.vocabulary
+    if known is not None and vocabulary is not None and not same_vocabulary(known, vocabulary):
+        raise UserError(
+            f"--checkpoint: {path} was trained on captions of another vocabulary: {in_words(known)}, those of the data "
+            f"have {in_words(vocabulary)}; make the text database with the vocabulary of the run (cacr data import)"
+        )
+    if known is None and config.vocab_size != vocab_size:
+        say(
+            f"warning: {path} has a vocabulary of {config.vocab_size} word pieces, the data one of {vocab_size}: "
+            "scores mean something only if they number the pieces alike"
         )
     verify_weights(weights)
     model = UniterForRetrieval(config)

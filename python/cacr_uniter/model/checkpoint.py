@@ -187,7 +187,8 @@ def load_checkpoint(model: UniterForRetrieval, path: str | Path, strict: bool = 
         A report of what was loaded, missing and ignored.
 
     Raises:
-        UserError: the file cannot be read, is not UNITER, does not fit the configuration, or is refused by `strict`.
+        UserError: the file cannot be read, is not UNITER, does not fit the configuration, is refused by `strict`, or
+            holds numbers that are not finite.
     """
     path = Path(path)
     try:
@@ -214,6 +215,12 @@ def load_checkpoint(model: UniterForRetrieval, path: str | Path, strict: bool = 
                 "layers"
             )
     taken = {key: value.to(own[key].dtype) for key, value in state.items() if key in own}
+    broken = [key for key, value in taken.items() if not value.isfinite().all()]
+    if broken:
+        raise UserError(
+            f"checkpoint {path}: {len(broken)} tensors hold numbers that are not finite, first {broken[0]}: the "
+            "training that wrote it diverged; take an earlier checkpoint"
+        )
     model.load_state_dict(taken, strict=False)
     recorded = recorded_heads(path)
     whole = [head for head in HEADS if not any(key.startswith(f"{head}_output.") for key in missing)]

@@ -1,4 +1,4 @@
-"""The configuration of UNITER: the eleven published keys and the width of the region features."""
+"""The configuration of UNITER: the eleven published keys, the width of the region features, the vocabulary."""
 
 from __future__ import annotations
 
@@ -27,10 +27,12 @@ class UniterConfig:
         type_vocab_size: 2, row 0 for text and row 1 for regions.
         initializer_range: deviation of the normal initialisation.
         img_dim: width of a region feature; outside the published JSON, whose code fixes it at 2048.
+        vocabulary: of the captions that trained the model, `size` and the ids of CLS, SEP and MASK; None where that is
+            unknown, as in the published JSON. Decides no weight.
 
     Raises:
-        ValueError: a size is not positive, the heads do not divide the width, a probability is outside [0, 1), or the
-            activation is not "gelu".
+        ValueError: a size is not positive, the heads do not divide the width, a probability is outside [0, 1), the
+            activation is not "gelu", or the vocabulary tells no size.
     """
 
     vocab_size: int = 28996
@@ -45,6 +47,7 @@ class UniterConfig:
     type_vocab_size: int = 2
     initializer_range: float = 0.02
     img_dim: int = 2048
+    vocabulary: dict[str, int] | None = dataclasses.field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         for name in (
@@ -72,6 +75,11 @@ class UniterConfig:
             value = getattr(self, name)
             if not 0.0 <= value < 1.0:
                 raise ValueError(f"UniterConfig.{name}: expected a probability in [0, 1), got {value!r}")
+        known = self.vocabulary
+        if known is not None and not (
+            isinstance(known, dict) and "size" in known and all(type(number) is int for number in known.values())
+        ):
+            raise ValueError(f"UniterConfig.vocabulary: expected size and ids of special pieces, got {known!r}")
 
     @property
     def head_dim(self) -> int:
@@ -115,5 +123,6 @@ class UniterConfig:
             raise UserError(f"model configuration {path}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as a plain dict (JSON-ready)."""
-        return dataclasses.asdict(self)
+        """The fields as a plain dict (JSON-ready), without the vocabulary where it is unknown."""
+        values = dataclasses.asdict(self)
+        return values if self.vocabulary is not None else {k: v for k, v in values.items() if k != "vocabulary"}

@@ -1,7 +1,8 @@
 """The weights that did best in a validation, kept in ``best`` beside the newest checkpoints.
 
-``best/uniter.json`` holds the sizes, ``best/model.safetensors`` the weights and, in its header, step, metric, value and
-heads; the one file is written beside and renamed, so that a kill leaves the old weights or the new ones.
+``best/uniter.json`` holds the sizes, ``best/model.safetensors`` the weights and, in its header, step, metric, value,
+what it was measured on and heads; the one file is written beside and renamed, so that a kill leaves the old weights or
+the new ones.
 ``best/checksums.json`` is taken away before and written after it: a kill between leaves weights without checksums.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +38,37 @@ class Best:
     Args:
         out: folder of the run.
         metric: one of ``METRICS``, or ``none`` to keep no weights.
-        start: steps already done. Weights of a later step, left by a run that was killed, give way to the next ones.
+        start: steps already done by the run of this folder: at 0 no weights are its own. Weights of a later step, left
+            by a run that was killed, give way to the next ones.
         heads: heads that the run trained or loaded, if that is known.
+        measured: what the validations to come measure on (``validation.measure``), None if none comes. A value of
+            another measure or metric is not compared.
+
+    Attributes:
+        remark: a sentence about weights whose value is not compared, or nothing.
     """
 
-    def __init__(self, out: Path, metric: str, start: int = 0, heads: tuple[str, ...] | None = None) -> None:
-        self.folder, self.metric, self.heads = out / BEST, metric, heads
-        self.step, self.value = -1, -math.inf
+    def __init__(
+        self,
+        out: Path,
+        metric: str,
+        start: int = 0,
+        heads: tuple[str, ...] | None = None,
+        measured: str | None = None,
+    ) -> None:
+        self.folder, self.metric, self.heads, self.measured = out / BEST, metric, heads, measured
+        self.step, self.value, self.remark = -1, -math.inf, ""
         found = _header(self.folder / MODEL)
-        if found.get("metric") == metric and int(found["step"]) <= start:
+        if not found or int(found["step"]) > start or start == 0 or metric == "none":
+            return
+        if found["metric"] == metric and measured in (None, found.get("measured")):
             self.step, self.value = int(found["step"]), float(found["value"])
+        elif measured is not None:
+            self.remark = (
+                f"the best weights so far, of step {found['step']}, were chosen by {found['metric']} on "
+                f"{found.get('measured') or 'unknown settings'}, now it is {metric} on {measured}: they are not "
+                "compared, the next validation starts anew"
+            )
 
     def offer(self, record: dict[str, Any], model: UniterForRetrieval) -> bool:
         """Keeps the model's weights if its validation is better than all before. Returns whether it did.
@@ -58,7 +81,8 @@ class Best:
         value = METRICS[self.metric](record)
         if not value > self.value:
             return False
-        header = {"step": str(record["step"]), "metric": self.metric, "value": repr(value), **heads_record(self.heads)}
+        header = {"step": str(record["step"]), "metric": self.metric, "value": repr(value)}
+        header |= {"measured": self.measured or "", **heads_record(self.heads)}
         with readable_errors(f"best weights {self.folder}"):
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / SIZES, model.config.to_dict())
@@ -82,12 +106,27 @@ class Best:
         return f"step {self.step}, {self.metric} {shown:.2f}: {self.folder}"
 
 
+def set_aside(out: Path) -> str:
+    """Renames the best weights of an earlier run in ``out``. Returns a sentence about it, nothing if there are none.
+
+    Raises:
+        UserError: the disk refuses.
+    """
+    folder = out / BEST
+    if not folder.exists():
+        return ""
+    aside = next(path for number in count(1) if not (path := out / f"{BEST}-{number}").exists())
+    with readable_errors(f"best weights {aside}"):
+        folder.rename(aside)
+    return f"{folder} is of an earlier run, which this one does not continue: it is called {aside} now"
+
+
 def _header(path: Path) -> dict[str, str]:
-    """Step, metric and value of weights kept before; nothing of a file that is missing, strange or damaged."""
+    """Step, metric, value and measure of weights kept before; nothing of a file that is missing, strange or damaged."""
     try:
         with safe_open(path, framework="numpy") as file:
             found = dict(file.metadata() or {})
-            int(found["step"]), float(found["value"])
+            int(found["step"]), float(found["value"]), found["metric"]
     except (OSError, SafetensorError, KeyError, ValueError):
         return {}
     return found

@@ -8,7 +8,9 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import GradientAccumulationPlugin
 
+from cacr_uniter.data.vocabulary import Vocabulary, in_words, same_vocabulary
 from cacr_uniter.errors import UserError
 from cacr_uniter.model import UniterConfig, UniterForRetrieval
 from cacr_uniter.model.checkpoint import LoadReport, load_checkpoint
@@ -40,7 +42,11 @@ def build_accelerator(config: RunConfig) -> Accelerator:
         torch.set_num_threads(config.threads)
     # Accelerate keeps precision and device of a process's first run; several runs in one process may differ in them.
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
-    accelerator = Accelerator(mixed_precision=PRECISIONS[config.precision], cpu=cpu)
+    # Without it Accelerate divides losses by ACCELERATE_GRADIENT_ACCUMULATION_STEPS of the environment.
+    whole_steps = GradientAccumulationPlugin(num_steps=1)
+    accelerator = Accelerator(
+        mixed_precision=PRECISIONS[config.precision], cpu=cpu, gradient_accumulation_plugin=whole_steps
+    )
     if (accelerator.device.type == "cpu") != cpu:
         raise UserError(f"an earlier run of this process chose {accelerator.device}: start a new process")
     if config.memory_limit is not None:
@@ -83,11 +89,14 @@ def starting_point(path: str | Path) -> tuple[Path, UniterConfig | None]:
     return path, None
 
 
-def model_config(config: ModelConfig, vocab_size: int, img_dim: int) -> UniterConfig:
+def model_config(
+    config: ModelConfig, vocab_size: int, img_dim: int, vocabulary: Vocabulary | None = None
+) -> UniterConfig:
     """Sizes of the model: those of ``checkpoint`` or ``size``, the data's vocabulary and features, the fields set.
 
     Args:
         vocab_size, img_dim: of the data; a checkpoint's must cover them.
+        vocabulary: of the data, where it is known; a run's checkpoint must have been trained with the same.
 
     Raises:
         UserError: sizes that do not fit.
@@ -112,7 +121,25 @@ def model_config(config: ModelConfig, vocab_size: int, img_dim: int) -> UniterCo
         )
     if made.img_dim != img_dim:
         raise UserError(f"model.img_dim is {made.img_dim}, the region features have {img_dim} numbers")
-    return made
+    if vocabulary is None:
+        return made
+    trained = sizes.vocabulary if config.checkpoint is not None else None
+    if trained is not None and not same_vocabulary(trained, vocabulary):
+        raise UserError(
+            f"model.checkpoint {config.checkpoint} was trained on captions of another vocabulary: "
+            f"{in_words(trained)}, those of the text database have {in_words(vocabulary)}"
+        )
+    return dataclasses.replace(made, vocabulary=dict(vocabulary))
+
+
+def vocabulary_note(config: ModelConfig, sizes: UniterConfig, vocab_size: int) -> str | None:
+    """A warning where weights from elsewhere know another number of word pieces than the captions use."""
+    if config.checkpoint is None or sizes.vocab_size == vocab_size:
+        return None
+    return (
+        f"warning: model.checkpoint {config.checkpoint} has a vocabulary of {sizes.vocab_size} word pieces, the text "
+        f"database one of {vocab_size}: its weights are of use only if they number the pieces alike"
+    )
 
 
 def build_model(config: ModelConfig, sizes: UniterConfig, seed: int) -> tuple[UniterForRetrieval, LoadReport | None]:

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cacr_uniter.errors import UserError
+from cacr_uniter.errors import ProcessError, UserError
 from cacr_uniter.files import flush, parse_json
 from cacr_uniter.model.checkpoint import heads_record, recorded_heads
 
@@ -80,6 +80,37 @@ def step_of(path: Path) -> int:
     return int(match[1]) if match else -1
 
 
+def unfinished(path: Path) -> str | None:
+    """``step 86 of 300`` where the newest checkpoint of a run is not of its last step.
+
+    None of a finished run, where there is no run, and of a damaged checkpoint, which whoever loads it complains of.
+
+    Args:
+        path: the run's folder, or ``best`` in it.
+    """
+    last = newest((path.parent if path.name == "best" else path) / "checkpoints")
+    try:
+        steps = 0 if last is None else int(_read_json(last, STATE)["config"]["optim"]["steps"])
+    except (UserError, KeyError, TypeError, ValueError):
+        return None
+    return f"step {step_of(last)} of {steps}" if last is not None and step_of(last) < steps else None
+
+
+def kept(folder: Path) -> str:
+    """What a run that ends early leaves in its ``checkpoints`` folder, in words."""
+    last = newest(folder)
+    return f"the last good checkpoint is {last}" if last else "no checkpoint was written yet"
+
+
+@contextmanager
+def naming_kept(folder: Path) -> Iterator[None]:
+    """Adds to a problem, which may be this process's alone, what is ``kept``."""
+    try:
+        yield
+    except UserError as error:
+        raise ProcessError(f"{error}; {kept(folder)}") from error
+
+
 def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """Writes ``checkpoint`` into ``folder`` and then removes all but the ``keep`` newest.
 
@@ -112,11 +143,9 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         flush(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(part, ignore_errors=True)
-        last = newest(folder)
-        kept = f"the last good checkpoint is {last}" if last else "there is no earlier checkpoint"
         raise UserError(
-            f"checkpoint {final} could not be written ({_reason(error)}): {kept}; free some space and run the same "
-            "command again"
+            f"checkpoint {final} could not be written ({_reason(error)}): {kept(folder)}; free some space and run the "
+            "same command again"
         ) from error
     prune(folder, keep)
     return final

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from cacr_uniter.errors import UserError
@@ -61,6 +62,25 @@ def differences(saved: dict[str, Any], config: TrainConfig) -> list[str]:
             if name not in FREE_FIELDS.get(section, set()) and before != value:
                 found.append(f"{section}.{name}: {before} -> {value}")
     return found
+
+
+def check_same_data(saved: dict[str, Any] | None, now: dict[str, Any] | None, checkpoint: Path) -> None:
+    """Refuse to go on with other pairs than those of a checkpoint; both as ``RetrievalDataset.identity``.
+
+    Nothing is compared where one is unknown: in checkpoints of earlier versions, or for pairs from no database.
+
+    Raises:
+        UserError: tells what changed.
+    """
+    if saved is None or now is None or saved == now:
+        return
+    sizes = [name for name in now if name != "sha256" and saved.get(name) != now[name]]
+    changed = "; ".join(f"{name}: {saved.get(name)} -> {now[name]}" for name in sizes)
+    raise UserError(
+        f"checkpoint {checkpoint} belongs to a run on other training data "
+        f"({changed or 'other ids, lengths, images or vocabulary of the captions'}): give the same captions and images "
+        "in data.text and data.images, wherever they lie now, another run.out, or run.overwrite"
+    )
 
 
 def check(config: TrainConfig, processes: int = 1) -> None:

@@ -23,6 +23,8 @@ class DataConfig:
         val_text: folder of the validation captions; none means no validation.
         val_images: folder of their region features (default: ``images``).
         max_text: longest caption used for training, in word pieces without [CLS] and [SEP]; -1 keeps all.
+        missing: captions whose image is not among the region features: ``refuse`` them, or ``skip`` them and say how
+            many; of the training only, validation refuses them always.
         max_regions: upper bound of the regions used of an image, by confidence.
         min_regions: lower bound, also below the confidence threshold.
         confidence: regions above this confidence are used.
@@ -39,6 +41,7 @@ class DataConfig:
     val_text: str | None = None
     val_images: str | None = None
     max_text: int = 60
+    missing: Literal["refuse", "skip"] = "refuse"
     max_regions: int = 100
     min_regions: int = 10
     confidence: float = 0.2

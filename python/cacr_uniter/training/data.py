@@ -82,8 +82,11 @@ def open_dataset(config: DataConfig, split: str) -> RetrievalDataset | None:
     if text is None or images is None:
         return None
     rule = BoxRule(config.confidence, config.max_regions, config.min_regions, config.fixed_regions)
-    longest = None if split == "val" or config.max_text < 0 else config.max_text
-    return RetrievalDataset(open_texts(text), open_images(images, rule), longest)
+    texts, regions = open_texts(text), open_images(images, rule)
+    if split == "val":  # whole, whatever is left out of the training: its numbers are to be compared
+        return RetrievalDataset(texts, regions)
+    longest = None if config.max_text < 0 else config.max_text
+    return RetrievalDataset(texts, regions, longest, skip_missing=config.missing == "skip", training=True)
 
 
 def open_source(dataset: RetrievalDataset, config: DataConfig) -> PairSource:

@@ -45,7 +45,7 @@ class RunLog:
 
     Args:
         out: folder of the run.
-        start: steps already done: later records of an earlier part are dropped.
+        start: steps already done: later records of an earlier part are dropped; at 0 all, of whatever run they are.
         tensorboard: whether to write events.
         main: whether this process writes.
     """
@@ -57,7 +57,7 @@ class RunLog:
             return
         path = out / "log.jsonl"
         with readable_errors(f"log {path}"):
-            self.history = read_log(path, start)
+            self.history = read_log(path, start) if start else []
             write_text(path, "".join(json.dumps(record) + "\n" for record in self.history))
             self._file = path.open("a", encoding="utf-8")
         if tensorboard:
@@ -74,9 +74,10 @@ class RunLog:
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
         if self._events is not None:
-            for name, value in record.items():
-                if name not in ("step", "event") and isinstance(value, int | float):
-                    self._events.add_scalar(f"{record['event']}/{name}", value, record["step"])
+            with readable_errors(f"TensorBoard events {self._events.log_dir}"):
+                for name, value in record.items():
+                    if name not in ("step", "event") and isinstance(value, int | float):
+                        self._events.add_scalar(f"{record['event']}/{name}", value, record["step"])
 
     def close(self) -> None:
         """Closes both. Records are flushed one by one, so a file that refuses to close loses nothing more."""
@@ -84,7 +85,8 @@ class RunLog:
             with suppress(OSError):
                 self._file.close()
         if self._events is not None:
-            self._events.close()
+            with suppress(OSError):
+                self._events.close()
 
 
 class Numbers:

@@ -96,6 +96,7 @@ class Loop:
         self._sums: list[float] = [*extra.get("window", []), *[0.0] * 6][:6]
         self._overflows = 0
         self._seconds: float = extra.get("seconds", 0.0)
+        self._data = extra.get("data")
         self._mark = time.monotonic()
 
     def run(self, start: int) -> int:
@@ -107,7 +108,8 @@ class Loop:
                 last = done == self.config.optim.steps
                 stopped = self._any(stop.wanted)
                 if run.validate_every and (last or done % run.validate_every == 0):
-                    self._validate(done)
+                    with checkpoints.naming_kept(self.folder):
+                        self._validate(done)
                 if last or stopped or done % run.checkpoint_every == 0:
                     self._save(done)
                 if stopped:
@@ -129,10 +131,8 @@ class Loop:
 
     def _read(self, start: int) -> Iterator[Portion]:
         """The step's portions; a record that cannot be read is a matter of this process."""
-        try:
+        with checkpoints.naming_kept(self.folder):
             yield from self.stepper.portions(start)
-        except UserError as error:
-            raise ProcessError(f"{error}; {self._kept()}") from error
 
     @contextlib.contextmanager
     def _errors_of_one_process(self) -> Iterator[None]:
@@ -191,7 +191,8 @@ class Loop:
         if self.accelerator.scaler is not None:
             record |= {"skipped": int(skipped), "loss_scale": self.accelerator.scaler.get_scale()}
         self._sums = [0.0] * 6
-        self.log.write(record)
+        with checkpoints.naming_kept(self.folder):
+            self.log.write(record)
         return record
 
     def _validate(self, done: int) -> None:
@@ -215,7 +216,7 @@ class Loop:
     def _save(self, done: int) -> None:
         self._lap()
         if self.accelerator.is_main_process:
-            extra: dict[str, Any] = {"window": self._sums, "seconds": self._seconds}
+            extra: dict[str, Any] = {"window": self._sums, "seconds": self._seconds, "data": self._data}
             if self.accelerator.scaler is not None:
                 extra["scaler"] = self.accelerator.scaler.state_dict()
             checkpoints.save(
@@ -254,19 +255,15 @@ class Loop:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else 1024 * peak
 
-    def _kept(self) -> str:
-        last = checkpoints.newest(self.folder)
-        return f"the last good checkpoint is {last}" if last else "no checkpoint was written yet"
-
     def _diverged(self, step: int, numbers: str) -> UserError:
         return UserError(
-            f"training diverged at step {step} ({numbers}): {self._kept()}; try a lower optim.lr, a lower aux.weight, "
-            "or run.precision bf16 or fp32 in place of fp16"
+            f"training diverged at step {step} ({numbers}): {checkpoints.kept(self.folder)}; try a lower optim.lr, a "
+            "lower aux.weight, or run.precision bf16 or fp32 in place of fp16"
         )
 
     def _out_of_memory(self) -> ProcessError:
         return ProcessError(
-            f"out of memory on {self.accelerator.device}: {self._kept()}; go on from it with a lower "
+            f"out of memory on {self.accelerator.device}: {checkpoints.kept(self.folder)}; go on from it with a lower "
             "batch.pairs_per_forward or batch.score_chunk, or model.activation_checkpointing true; a larger "
             "model.freeze_layers or another run.precision need a new run"
         )

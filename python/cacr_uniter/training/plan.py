@@ -139,7 +139,7 @@ def plan_run(config: TrainConfig) -> tuple[Plan, list[str]]:
     notes = []
     text, regions, vocabulary, width = data.max_text + 2, data.fixed_regions or data.max_regions, 28996, 2048
     dtype = torch.float16
-    texts = [data.text] if isinstance(data.text, str) else data.text
+    texts, dataset = [data.text] if isinstance(data.text, str) else data.text, None
     if data.scenes or (texts and all(Path(folder).is_dir() for folder in texts)):
         dataset = open_dataset(resolve(data), "train")
         assert dataset is not None
@@ -156,8 +156,11 @@ def plan_run(config: TrainConfig) -> tuple[Plan, list[str]]:
         notes.append("the data are not there yet: planned for the configured bounds and a vocabulary of 28996")
     random = replace(config.model, checkpoint=None)
     known = config.model if config.model.checkpoint and Path(config.model.checkpoint).exists() else random
+    sizes = model_config(known, vocabulary, width)
+    if dataset is not None:
+        dataset.check_lengths(sizes.max_position_embeddings)
     notes.append(f"pairs of {text} text columns and {regions} regions, the longest there are")
-    return make_plan(model_config(known, vocabulary, width), config, text, regions, dtype), notes
+    return make_plan(sizes, config, text, regions, dtype), notes
 
 
 def available_memory(config: TrainConfig) -> int | None:

@@ -16,15 +16,17 @@ import torch.distributed as dist
 import yaml
 from accelerate import Accelerator
 
+from cacr_uniter.data.dataset import RetrievalDataset
+from cacr_uniter.data.joined import check_vocabularies
 from cacr_uniter.errors import ProcessError, UserError
 from cacr_uniter.evaluation.matrix import weights_digest
 from cacr_uniter.files import write_text
 from cacr_uniter.model import UniterForRetrieval
 from cacr_uniter.model.checkpoint import HEADS
 from cacr_uniter.training import checkpoint as checkpoints
-from cacr_uniter.training.best import BEST, Best
-from cacr_uniter.training.build import build_accelerator, build_model, model_config
-from cacr_uniter.training.checks import check, differences
+from cacr_uniter.training.best import BEST, Best, set_aside
+from cacr_uniter.training.build import build_accelerator, build_model, model_config, vocabulary_note
+from cacr_uniter.training.checks import check, check_same_data, differences
 from cacr_uniter.training.config import TrainConfig
 from cacr_uniter.training.data import open_dataset, open_source, resolve
 from cacr_uniter.training.logs import Display, RunLog
@@ -33,6 +35,7 @@ from cacr_uniter.training.optim import build_optimizer, trained_parameters
 from cacr_uniter.training.report import CURVES, write_report
 from cacr_uniter.training.source import PairSource
 from cacr_uniter.training.step import Stepper
+from cacr_uniter.training.validation import measure
 
 #: what a run writes into its folder
 CHECKPOINTS, LOG, CONFIG, REPORT = "checkpoints", "log.jsonl", "config.yaml", "report.md"
@@ -49,9 +52,10 @@ class TrainResult:
         step: optimizer steps done.
         finished: false if a signal stopped the run before its last step.
         start: optimizer steps done before this part of the run.
-        best_path: folder of the weights that did best in a validation, if some were kept.
-        history: records of the log (main process only); ``event`` is ``train``, ``validation``, ``evaluation``
-            or ``weights``: what a checkpoint gave to the model.
+        best_path: folder of the weights that did best in a validation, if some were kept (main process only).
+        history: records of the log (main process only); ``event`` is ``train``, ``validation``, ``evaluation``,
+            ``weights``: what a checkpoint gave to the model, ``data``: a remark on the captions, or ``best``: what
+            became of best weights found.
         seconds: wall time of this part of the run.
         report_path: final report, if one was wanted.
     """
@@ -85,13 +89,19 @@ def train(config: TrainConfig, *, progress: bool = True, evaluate: Evaluation | 
     dataset = open_dataset(data, "train")
     assert dataset is not None
     validation = open_dataset(data, "val") if config.run.validate_every else None
-    vocab_size = max(part.text_db.vocab_size for part in (dataset, validation) if part is not None)
+    vocab_size = dataset.text_db.vocab_size
+    positions = model_config(config.model, vocab_size, dataset.feature_dim).max_position_embeddings
+    dataset.check_lengths(positions)
+    if validation is not None:
+        check_vocabularies(dataset.text_db, validation.text_db)
+        validation.check_lengths(positions)
     return train_on(
         config,
         accelerator,
         open_source(dataset, data),
         vocab_size=vocab_size,
         validation=open_source(validation, data) if validation is not None else None,
+        dataset=dataset,
         progress=progress,
         evaluate=evaluate,
     )
@@ -104,14 +114,21 @@ def train_on(
     *,
     vocab_size: int,
     validation: PairSource | None = None,
+    dataset: RetrievalDataset | None = None,
     progress: bool = True,
     evaluate: Evaluation | None = None,
 ) -> TrainResult:
-    """``train`` on pairs that are open already; ``vocab_size`` is that of the captions."""
+    """``train`` on pairs that are open already; ``vocab_size`` is that of the captions.
+
+    ``dataset``, if there is one, is what ``source`` reads: checkpoints tell its vocabulary and its identity.
+    """
     started = time.monotonic()
     out = Path(config.run.out)
-    resumed = _resumed(config, out)
-    sizes = model_config(config.model, vocab_size, source.img_dim)
+    identity = None if dataset is None else dataset.identity()
+    resumed = _resumed(config, out, identity)
+    vocabulary = None if dataset is None else dataset.text_db.vocabulary
+    sizes = model_config(config.model, vocab_size, source.img_dim, vocabulary)
+    notes = [vocabulary_note(config.model, sizes, vocab_size), None if dataset is None else dataset.skipped]
     if validation is not None and validation.img_dim != source.img_dim:
         raise UserError(
             f"the region features of the validation have {validation.img_dim} numbers, those of the training "
@@ -121,35 +138,49 @@ def train_on(
     model.to(accelerator.device)
     parameters = trained_parameters(model)
     optimizer = build_optimizer(parameters, config.optim)
-    start, extra = 0, {}
+    start, since, extra = 0, 0, {}  # since: steps done in run.out itself, whose log and best weights go on
     known = ("rank",) if loaded is None else ("rank", *loaded.heads)
     heads: tuple[str, ...] | None = tuple(head for head in HEADS if head in known)
     if resumed is not None:
         origin, found = resumed
         start, extra, heads = found.step, found.extra, found.heads
+        since = start if origin.resolve().parent == (out / CHECKPOINTS).resolve() else 0
         model.load_state_dict(found.model)
         checkpoints.restore_optimizer(optimizer, found.optimizer)
         if accelerator.scaler is not None and "scaler" in extra:
             accelerator.scaler.load_state_dict(extra["scaler"])
+    if identity is not None:
+        extra = extra | {"data": identity}
     _agree(config, start, model, accelerator)
     prepared = accelerator.prepare_optimizer(optimizer, device_placement=False)
     stepper = Stepper(model, list(parameters.values()), prepared, config, source, accelerator)
     main = accelerator.is_main_process
     with _folder(config, out, accelerator):
-        log, best = RunLog(out, start, config.run.tensorboard, main), Best(out, config.run.best, start, heads)
+        validates = validation is not None and config.run.validate_every and start < config.optim.steps
+        with checkpoints.naming_kept(out / CHECKPOINTS):
+            measured = measure(validation, config.run) if validation is not None and validates else None
+            log = RunLog(out, since, config.run.tensorboard, main)
         try:
+            aside = set_aside(out) if main and since == 0 else ""
+            best = Best(out, config.run.best, since, heads, measured)
             with Display(config.optim.steps, start, progress and main) as display:
                 if resumed is not None and start < config.optim.steps:
                     display.say(f"continues from {origin}")
                 if loaded is not None and resumed is None:
                     display.say(str(loaded))
                     log.write({"event": "weights", "step": start, "report": str(loaded)})
+                for note in filter(None, notes if resumed is None else ()):
+                    if main:  # also where no progress is shown
+                        display.console.print(note, highlight=False, soft_wrap=True)
+                    log.write({"event": "data", "step": start, "report": note})
+                for remark in filter(None, (aside, best.remark)):
+                    display.say(remark)
+                    log.write({"event": "best", "step": start, "report": remark})
                 loop = Loop(config, stepper, optimizer, log, display, best, validation, evaluate, extra, heads)
                 done = loop.run(start)
         finally:
             log.close()
         accelerator.wait_for_everyone()
-        best = Best(out, config.run.best, done)
         path = checkpoints.newest(out / CHECKPOINTS)
         if path is None:
             raise ProcessError(f"run.out {out} holds no checkpoint here: it must be one folder that all nodes share")
@@ -157,13 +188,18 @@ def train_on(
         result = TrainResult(out, path, done, done == config.optim.steps, start, log.history, seconds, best.path)
         if not (config.run.report and main and result.finished):
             return result
-        with checkpoints.readable_errors(f"report {out / REPORT}"):
+        with checkpoints.readable_errors(f"the run is finished, {path}, but its report {out / REPORT}"):
             write_report(out / REPORT, config, log.history, path, best, accelerator)
         return replace(result, report_path=out / REPORT)
 
 
-def _resumed(config: TrainConfig, out: Path) -> tuple[Path, checkpoints.Checkpoint] | None:
-    """Folder and content of the checkpoint that the run goes on from, if any; writes nothing."""
+def _resumed(
+    config: TrainConfig, out: Path, identity: dict[str, Any] | None
+) -> tuple[Path, checkpoints.Checkpoint] | None:
+    """Folder and content of the checkpoint that the run goes on from, if any; ``identity`` is that of its pairs.
+
+    Writes nothing.
+    """
     if config.run.overwrite:
         return None
     last, resume = checkpoints.newest(out / CHECKPOINTS), config.run.resume
@@ -185,6 +221,7 @@ def _resumed(config: TrainConfig, out: Path) -> tuple[Path, checkpoints.Checkpoi
             f"checkpoint {path} belongs to a run with other settings ({'; '.join(changed)}): use the same ones, "
             "another run.out, or run.overwrite"
         )
+    check_same_data(found.extra.get("data"), identity, path)
     if last is None and found.step >= config.optim.steps:
         raise UserError(
             f"run.resume {path} has done all {config.optim.steps} steps: nothing is left to do in {out}; a new run "
@@ -230,6 +267,7 @@ def _folder(config: TrainConfig, out: Path, accelerator: Accelerator) -> Iterato
                 held.enter_context(_lock(out))
                 if config.run.overwrite:
                     _clear(out)
+            with checkpoints.naming_kept(out / CHECKPOINTS), checkpoints.readable_errors(f"run folder {out}"):
                 checkpoints.prune(out / CHECKPOINTS, config.run.keep)
                 write_text(out / CONFIG, yaml.safe_dump(config.to_repeat(), sort_keys=False))
         accelerator.wait_for_everyone()

@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+import zlib
+
+import numpy as np
 import torch
 import torch.distributed as dist
 
-from cacr_uniter.training.config import TrainConfig
+from cacr_uniter.training.config import RunConfig, TrainConfig
 from cacr_uniter.training.sampling import Sampler
 from cacr_uniter.training.source import PairSource, ahead, read_pairs
 from cacr_uniter.training.step import Stepper
+
+
+def measure(source: PairSource, run: RunConfig) -> str:
+    """What the numbers of ``validate`` depend on besides the weights, in words: others are not compared with them.
+
+    The data are known by their numbers, by the image of every caption and by the content of the first pair.
+
+    Raises:
+        UserError: the first pair cannot be read.
+    """
+    first = source.pairs(np.zeros(1, dtype=np.int64), source.image_of[:1])
+    content = (source.image_of, first.input_ids.numpy(), first.features.numpy(), first.boxes.numpy())
+    data = zlib.crc32(b"".join(values.tobytes() for values in content))
+    return (
+        f"{run.validation_anchors} anchors, {run.validation_candidates} candidates, seed {run.seed}, "
+        f"{len(source.image_of)} captions, {source.n_images} images, data {data:08x}"
+    )
 
 
 @torch.no_grad()

@@ -70,6 +70,8 @@ class ImportReport:
             lines.append("width and height of the images were exchanged in the source; put right")
         lines += [f"{count} images: {remark}" for remark, count in self.findings["remarks"].items()]
         lines += [f"left out: {reason}" for reason in self.skipped]
+        if self.skipped:
+            lines.append("cacr train refuses captions whose image was left out; data.missing skip leaves them out too")
         return "\n".join(lines)
 
 
