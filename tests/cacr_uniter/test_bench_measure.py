@@ -104,14 +104,20 @@ def test_the_compiled_closed_form_is_measured():
 
 def test_first_calls_compile_what_is_measured_and_yield_nothing(monkeypatch):
     made = []
-    monkeypatch.setattr(
-        measure, "make_inputs", lambda shape, *x: made.append(shape) or contenders.make_inputs(shape, *x)
-    )
-    measure._inputs.cache_clear()
-    assert list(measure.first_calls(job("compiled"))) == []
-    (row,) = measure.first_calls(job("triton", shape=Shape("big", 64, 12, 3, 5, 16).as_dict()))
-    assert "triton" in row["note"]  # it cannot run on a CPU
-    assert [(shape.batch, shape.heads) for shape in made] == [(1, 2), (1, 2)]
+
+    def make_inputs(shape, *arguments):
+        made.append((shape.batch, shape.heads))
+        return contenders.make_inputs(shape, *arguments)
+
+    monkeypatch.setattr(measure, "make_inputs", make_inputs)
+    monkeypatch.setattr(measure, "make", lambda *_: contenders.Contender(contenders.bmm_chain, contenders.bmm_chain))
+    big = Shape("big", 2, 12, 3, 5, 16).as_dict()
+    for name in ("compiled", "triton"):  # Triton's kernels are the same for one example of two heads
+        measure._inputs.cache_clear()
+        assert list(measure.first_calls(job(name, shape=big))) == []
+    assert made == [(2, 12), (1, 2)]
+    (row,) = measure.first_calls(job("bmm", shape={**big, "n_text": -1}))
+    assert row["status"] == "error"
 
 
 def test_a_wrong_contender_is_not_timed(monkeypatch):
