@@ -116,8 +116,9 @@ def test_first_calls_compile_what_is_measured_and_yield_nothing(monkeypatch):
         measure._inputs.cache_clear()
         assert list(measure.first_calls(job(name, shape=big))) == []
     assert made == [(2, 12), (1, 2)]
-    (row,) = measure.first_calls(job("bmm", shape={**big, "n_text": -1}))
-    assert row["status"] == "error"
+    monkeypatch.setattr(measure, "make", lambda *_: 1 / 0)
+    (row,) = measure.first_calls(job("bmm"))
+    assert (row["status"], row["note"]) == ("error", "ZeroDivisionError: division by zero")
 
 
 def test_a_wrong_contender_is_not_timed(monkeypatch):
