@@ -77,8 +77,12 @@ class CMakeBuild(build_ext):
     """Runs cmake and ninja; the module lands where setuptools wants it (in the tree for editable installs)."""
 
     def build_extension(self, ext: Extension) -> None:
-        import pybind11
-
+        try:
+            import pybind11
+        except ImportError:
+            raise SystemExit(
+                "the build needs pybind11: pip install pybind11, or leave out --no-build-isolation"
+            ) from None
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         build = Path(self.build_temp).resolve() / "cmake"
         build.mkdir(parents=True, exist_ok=True)

@@ -76,9 +76,10 @@ def fused_cacr(
         sequence, exceed the bounds or overlap make that example (loss and gradient) NaN; on the CPU they raise, but in
         a compiled or exported graph.
 
-    Gradients flow into ``attn`` once (double backward raises); they are exactly 0 outside the spans. Softmax, KL and
-    sums run in float32 whatever the input, results are bit for bit reproducible, and autocast changes nothing: the
-    operator computes in the dtype it is given. -inf inside a span gives NaN.
+    Gradients flow into ``attn`` once (a double backward raises RuntimeError, but for ``backend="reference"``); they are
+    exactly 0 outside the spans. Softmax, KL and sums run in float32 (float64 for float64), results are bit for bit
+    reproducible, and autocast changes nothing: the operator computes in the dtype it is given. -inf inside a span gives
+    NaN; kind "softmax" takes it in S_tv and S_vt, unless it fills a row.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
@@ -160,10 +161,11 @@ def fused_cacr_qk(
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
-    """CACR loss of S = scale * q k^T without ever storing attention: :func:`fused_cacr` for models that run SDPA.
+    """CACR loss of S = scale * q k^T without storing the N x N matrix: :func:`fused_cacr` for models that run SDPA.
 
     For kind "scores", X_a = scale^3 Q_a (K_b^T Q_b)(K_b^T K_b) Q_a^T and Y_a = scale Q_a K_a^T: memory O(N D) and work
-    O(N^2 D) instead of O(N^2) and O(N^3). For kind "softmax" memory is O(T R + N D). "probs" needs attention itself.
+    O(N^2 D) instead of O(N^2) and O(N^3). Kind "softmax" may keep the two T x R blocks: O(T R + N D). "probs" needs
+    attention itself.
 
     Args:
         q: queries [B, H, N, D], float16, bfloat16, float32 or float64, any strides.

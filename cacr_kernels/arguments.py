@@ -96,13 +96,13 @@ def _span(name: str, value: Any, batch: int, device: torch.device) -> int | Tens
     return _whole_number(name, value, "an int or an integer tensor [B]")
 
 
-def _check_range(name: str, value: int, limit: int, what: str) -> None:
+def _check_range(name: str, value: int, limit: int, after: tuple[str, int] | None = None) -> None:
+    """``after``: the name and value of the start that the limit counts from."""
     if not 0 <= value <= limit:
+        what = "the size of the sequence"
+        if after is not None and after[1] > 0:
+            what = f"what the sequence holds after {after[0]} = {after[1]}"
         raise ValueError(f"{name} must lie between 0 and {limit} ({what}); got {value}")
-
-
-def _after(name: str, start: int) -> str:
-    return f"what the sequence holds after {name} = {start}" if start else "the size of the sequence"
 
 
 def parse_spans(
@@ -140,7 +140,7 @@ def parse_spans(
     limits = (limit_text, limit_text, limit_vision, limit_vision)
     for name, span, limit in zip(("text_start", "n_text", "vision_start", "n_vision"), spans, limits):
         if not isinstance(span, Tensor):
-            _check_range(name, span, limit, "the size of the sequence")
+            _check_range(name, span, limit)
     table = torch.stack([_column(s, batch, device) for s in spans], dim=1)
     bounded = Spans(
         0,
@@ -158,7 +158,7 @@ def _maximum(name: str, value: Any, limit: int) -> int | None:
     if value is None:
         return None
     number = _whole_number(name, value, "an int or None")
-    _check_range(name, number, limit, "the size of the sequence")
+    _check_range(name, number, limit)
     return number
 
 
@@ -183,10 +183,10 @@ def _int_spans(
     joint: bool,
 ) -> Spans:
     text_start, n_text, vision_start, n_vision = spans
-    _check_range("text_start", text_start, limit_text, "the size of the sequence")
-    _check_range("n_text", n_text, limit_text - text_start, _after("text_start", text_start))
-    _check_range("vision_start", vision_start, limit_vision, "the size of the sequence")
-    _check_range("n_vision", n_vision, limit_vision - vision_start, _after("vision_start", vision_start))
+    _check_range("text_start", text_start, limit_text)
+    _check_range("n_text", n_text, limit_text - text_start, ("text_start", text_start))
+    _check_range("vision_start", vision_start, limit_vision)
+    _check_range("n_vision", n_vision, limit_vision - vision_start, ("vision_start", vision_start))
     for name, value, maximum in (("n_text", n_text, max_n_text), ("n_vision", n_vision, max_n_vision)):
         if maximum is not None and value > maximum:
             raise ValueError(f"{name} must be at most max_{name} = {maximum}; got {value}")

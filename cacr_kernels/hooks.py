@@ -95,6 +95,7 @@ class QueriesAndKeys:
         Raises:
             RuntimeError: the layer was not called since the hooks were set, or it ran without gradients although they
                 are wanted now.
+            TypeError: what was caught are no dense tensors.
             ValueError: outputs of linear layers that are no [B, N, H D].
         """
         if self._query is None or self._key is None:

@@ -15,12 +15,17 @@ from torch import Tensor
 
 from .problem import ROW_NUMBERS, Options, Spans, block_limits, saves_gradients
 
+#: of the native module's functions; bindings.cpp has the same number
+INTERFACE = 1
+
 _native: Any = None
 _import_error = ""
 try:
     from . import _native  # type: ignore[attr-defined,no-redef]
 except ImportError as error:
     _import_error = str(error).splitlines()[0]
+if _native is not None and getattr(_native, "interface", 0) != INTERFACE:
+    _native, _import_error = None, "it was built from other sources than these"
 
 
 def keep_memory(megabytes: str) -> None:
@@ -31,7 +36,11 @@ def keep_memory(megabytes: str) -> None:
         _native.memory_limit(min(int(megabytes or 256), 1 << 40) << 20)
 
 
-keep_memory(os.environ.get("CACR_CPU_KEEP_MB", ""))
+_setting_error = ""
+try:
+    keep_memory(os.environ.get("CACR_CPU_KEEP_MB", ""))
+except ValueError as error:
+    _setting_error = str(error)
 
 _DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
 _KINDS = {"scores": 0, "softmax": 1, "probs": 2}
@@ -60,6 +69,8 @@ def cpu_status() -> Status:
     """State of backend "cpu". Never raises."""
     if _native is None:
         return _missing()
+    if _setting_error:
+        return False, _setting_error, ""
     info = build_info()
     threads = "OpenMP" if info["openmp"] else "one thread: built without OpenMP"
     return True, "", f"{info['instruction_set']}, {threads}, {info['compiler']}"
@@ -77,7 +88,7 @@ def cuda_status() -> Status:
 
 
 def _missing() -> Status:
-    return False, f"the native module is missing ({_import_error}): {_REBUILD}", ""
+    return False, f"the native module cannot be used ({_import_error}): {_REBUILD}", ""
 
 
 def cpu_rates(seconds: float = 0.4) -> tuple[float, float] | None:
@@ -172,7 +183,8 @@ def _new_gradient(x: Tensor) -> Tensor:
     if x.device.type != "cpu" or x.numel() * x.element_size() < _SMALLEST_KEPT_BYTES:
         return torch.empty_like(x, memory_format=torch.contiguous_format)
     memory = _native.Memory(x.numel() * x.element_size())
-    return torch.frombuffer(memory, dtype=x.dtype).view(x.shape)
+    storage = torch.frombuffer(memory, dtype=x.dtype).untyped_storage()
+    return torch.empty(0, dtype=x.dtype).set_(storage, 0, x.shape)  # type: ignore[call-overload]  # no view of one
 
 
 def _scale(source: Tensor, target: Tensor, grad_loss: Tensor, expected_grad: float) -> Tensor:
@@ -226,7 +238,7 @@ class _Cpu:
         """d sum(grad_loss * loss) / d input for each input; grad_loss [B, H] with any strides."""
         grad_loss = grad_loss.to(_loss_dtype(inputs))
         if saved:
-            return [_scale(g, _new_gradient(g), grad_loss, options.expected_grad) for g in saved]
+            return [_scale(g.contiguous(), _new_gradient(g), grad_loss, options.expected_grad) for g in saved]
         gradients = _new_gradients(inputs)
         problem = _problem(inputs, spans, options)
         problem.set_grad_loss(grad_loss.data_ptr(), grad_loss.stride())
@@ -261,7 +273,7 @@ class _Cpu:
         """d sum(grad_loss * loss) / d q and / d k; grad_loss [B, H] with any strides."""
         grad_loss = grad_loss.to(_loss_dtype(inputs))
         if saved:
-            return [_scale(g, _new_gradient(g), grad_loss, options.expected_grad) for g in saved]
+            return [_scale(g.contiguous(), _new_gradient(g), grad_loss, options.expected_grad) for g in saved]
         gradients = _new_gradients(inputs)
         problem = _qk_problem(inputs, spans, options, scale)
         problem.set_grad_loss(grad_loss.data_ptr(), grad_loss.stride())

@@ -124,6 +124,7 @@ class _Congruence(torch.autograd.Function):
         ctx.problem = problem
         ctx.n_inputs = len(inputs)
         ctx.save_for_backward(table, *inputs, *saved)
+        ctx.addresses = _addresses(saved) if _is_cpu(problem) and _have_numbers(saved) else []
         return loss
 
     @staticmethod
@@ -131,22 +132,49 @@ class _Congruence(torch.autograd.Function):
         if not torch.compiler.is_compiling():
             _refuse_transforms(grad_loss)
         table, *tensors = ctx.saved_tensors
-        inputs, saved = tensors[: ctx.n_inputs], tensors[ctx.n_inputs :]
+        inputs = tensors[: ctx.n_inputs]
+        saved = [x.contiguous() for x in tensors[ctx.n_inputs :]]  # hooks may hand out others
         if torch.compiler.is_compiling():  # compiled graphs refuse a second derivative by themselves
             _, backward = _operators(ctx.variant)
             gradients = backward(grad_loss, inputs, saved, table, *ctx.problem)
-        elif _holds_gradients(ctx.problem, grad_loss, saved) and not torch.is_grad_enabled() and not _graph_is_kept():
+        elif _owns_gradients(ctx, grad_loss, saved) and not torch.is_grad_enabled() and not _graph_is_kept():
             # nobody will ask for the saved gradients again: they become the result, without a copy
             *_, expected_grad, _, backend = ctx.problem
+            ctx.addresses = None
             gradients = _backend(backend).rescale_(saved, grad_loss, expected_grad)
         else:
             gradients = _Gradient.apply(ctx.variant, ctx.problem, ctx.n_inputs, table, grad_loss, *inputs, *saved)
         return None, None, None, None, *(g if w else None for g, w in zip(gradients, ctx.needs_input_grad[4:]))
 
 
-def _holds_gradients(problem: tuple[Any, ...], grad_loss: Tensor, saved: list[Tensor]) -> bool:
-    """Whether gradients were saved, and all are tensors with numbers (not fake ones, which only the operators know)."""
-    return problem[-1] == "cpu" and bool(saved) and all(type(x) is Tensor for x in (grad_loss, *saved))
+def _owns_gradients(ctx: Any, grad_loss: Tensor, saved: list[Tensor]) -> bool:
+    """Whether the saved tensors are the gradients that the forward wrote, and grad_loss lies in memory as it is.
+
+    Saved-tensor hooks hand out others, whose memory may be anybody's; a lazy negation is the dispatcher's affair.
+
+    Raises:
+        RuntimeError: the gradients were handed out already, in a backward that then failed.
+    """
+    if ctx.addresses is None:
+        raise RuntimeError(
+            "fused_cacr: this backward has run, and gave its saved gradients away; run the forward again"
+        )
+    if not ctx.addresses or not _have_numbers([grad_loss, *saved]) or grad_loss.is_neg() or grad_loss._is_zerotensor():
+        return False
+    return _addresses(saved) == ctx.addresses
+
+
+def _is_cpu(problem: tuple[Any, ...]) -> bool:
+    return bool(problem[-1] == "cpu")
+
+
+def _have_numbers(tensors: list[Tensor]) -> bool:
+    """Whether all are tensors with numbers (not fake ones, which only the operators know)."""
+    return not torch.compiler.is_compiling() and all(type(x) is Tensor for x in tensors)
+
+
+def _addresses(tensors: list[Tensor]) -> list[int]:
+    return [x.data_ptr() for x in tensors]
 
 
 def _graph_is_kept() -> bool:

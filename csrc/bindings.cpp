@@ -84,6 +84,7 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_native, m) {
     m.doc() = "Native CACR kernels (C++, CUDA C++); cacr_kernels.native is their Python face.";
+    m.attr("interface") = 1;  // native.py has the same number, and refuses another: raise both with every change here
     m.def("build_info", &build_info);
 
     py::class_<Options>(m, "Options")
@@ -218,8 +219,10 @@ PYBIND11_MODULE(_native, m) {
         "float32 multiply-adds and exponentials per second from L1: the arithmetic roofs of the CPU kernels.");
 
 #if defined(CACR_WITH_CUDA)
-    m.def("forward_workspace_cuda", &cacr_forward_workspace_cuda, py::arg("problem"), "Bytes of workspace per (b, h).");
-    m.def("backward_workspace_cuda", &cacr_backward_workspace_cuda, py::arg("problem"), "Bytes of workspace per (b, h).");
+    m.def("forward_workspace_cuda", &cacr_forward_workspace_cuda, py::arg("problem"), py::call_guard<py::gil_scoped_release>(),
+          "Bytes of workspace per (b, h).");
+    m.def("backward_workspace_cuda", &cacr_backward_workspace_cuda, py::arg("problem"), py::call_guard<py::gil_scoped_release>(),
+          "Bytes of workspace per (b, h).");
     m.def("scores_forward_cuda", [](const Problem& p) { check_cuda(cacr_forward_cuda(p), "forward"); }, py::arg("problem"),
           py::call_guard<py::gil_scoped_release>());
     m.def("scores_backward_cuda", [](const Problem& p) { check_cuda(cacr_backward_cuda(p), "backward"); }, py::arg("problem"),

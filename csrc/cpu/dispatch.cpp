@@ -1,5 +1,6 @@
 #include "dispatch.h"
 
+#include <cmath>
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -49,7 +50,10 @@ i64 scale(const Scaling& s) {
         T* target = (T*)s.target + index * s.elements;
         const T f = factor(index);
         if (in_place && f == T(1)) continue;
-        for (i64 i = 0; i < s.elements; ++i) target[i] = f * source[i];
+        if (std::isfinite(f))
+            for (i64 i = 0; i < s.elements; ++i) target[i] = f * source[i];
+        else  // outside the spans a gradient is 0
+            for (i64 i = 0; i < s.elements; ++i) target[i] = source[i] == T(0) ? T(0) : f * source[i];
         ++scaled;
     }
     return scaled;

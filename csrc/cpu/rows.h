@@ -75,11 +75,17 @@ struct RowGroup {
 constexpr auto kSum = [](auto a, auto b) __attribute__((always_inline)) { return a + b; };
 constexpr auto kMaximum = [](auto a, auto b) __attribute__((always_inline)) { return a > b ? a : b; };
 
-// Maxima of factor x and Y over row i of a group; kind probs leaves Y in e.
+// x or -x: what is largest where factor x is.
+template <typename T>
+CACR_INLINE T sign_of(T factor) {
+    return factor < T(0) ? T(-1) : T(1);
+}
+
+// Maxima of x (-x where the factor is negative) and of Y over row i of a group; kind probs leaves Y in e.
 template <typename T, bool Probs>
 CACR_INLINE void row_maxima(const RowTerms<T, Probs>& terms, const T* x, const T* y, T* e, RowGroup<T, 2>& maxima, int i) {
     typedef Vec<T> V;
-    const T lowest = -__builtin_inff();
+    const T lowest = -__builtin_inff(), sign = sign_of(terms.factor);
     V max_x = splat(lowest), max_y = splat(lowest);
     for_vectors<T>(terms.n, [&](i64 j, IntVec<T> lanes) __attribute__((always_inline)) {
         V vy = load(y + j);
@@ -88,22 +94,23 @@ CACR_INLINE void row_maxima(const RowTerms<T, Probs>& terms, const T* x, const T
             vy = log_of_normal<T>(select<T>(vy < floor, floor, vy));
             store(e + j, vy);
         }
-        max_x = larger<T>(select<T>(lanes, load(x + j) * terms.factor, splat(lowest)), max_x);
+        max_x = larger<T>(select<T>(lanes, load(x + j) * sign, splat(lowest)), max_x);
         max_y = larger<T>(select<T>(lanes, vy, splat(lowest)), max_y);
     });
     maxima.put(0, i, max_x, kMaximum);
     maxima.put(1, i, max_y, kMaximum);
 }
 
-// Leaves exp(x - m_x) in x, exp(Y - m_y) in e and d = (x - m_x) - (y - m_y) in d; the sums of both exponentials, and of d times each.
+// Leaves exp(X - m_X) in x, exp(Y - m_y) in e and d = (X - m_X) - (y - m_y) in d; the sums of both exponentials, and of d times each.
+// X - m_X = factor (x - x of the maximum): exactly 0 there, where a fused factor x - m_X would be the rounding of m_X.
 template <typename T, bool Probs>
 CACR_INLINE void row_sums(const RowTerms<T, Probs>& terms, T* x, const T* logits, T* e, T* d, const RowGroup<T, 2>& maxima,
                           RowGroup<T, 4>& sums, int i) {
     typedef Vec<T> V;
-    const T max_x = maxima.value[0][i], max_y = maxima.value[1][i];
+    const T sign = sign_of(terms.factor), factor = terms.factor * sign, max_x = maxima.value[0][i], max_y = maxima.value[1][i];
     V sum_x = V{}, sum_y = V{}, dot_x = V{}, dot_y = V{};
     for_vectors<T>(terms.n, [&](i64 j, IntVec<T> lanes) __attribute__((always_inline)) {
-        const V u = load(x + j) * terms.factor - max_x;
+        const V u = (load(x + j) * sign - max_x) * factor;
         const V v = load(logits + j) - max_y;
         const V diff = select<T>(lanes, u - v, V{});
         const V ex = select<T>(lanes, exp_nonpositive(u), V{});

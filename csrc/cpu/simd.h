@@ -17,11 +17,13 @@ template <>
 struct VectorOf<float> {
     typedef float type __attribute__((vector_size(CACR_VECTOR_BYTES)));
     typedef int integer __attribute__((vector_size(CACR_VECTOR_BYTES)));
+    typedef unsigned bits __attribute__((vector_size(CACR_VECTOR_BYTES)));
 };
 template <>
 struct VectorOf<double> {
     typedef double type __attribute__((vector_size(CACR_VECTOR_BYTES)));
     typedef long long integer __attribute__((vector_size(CACR_VECTOR_BYTES)));
+    typedef unsigned long long bits __attribute__((vector_size(CACR_VECTOR_BYTES)));
 };
 
 template <typename T>
@@ -175,7 +177,7 @@ CACR_INLINE void add_lanes(Vec<double>& total, Vec<float> v) { add_lanes_impl<fl
 // bits of v / ln 2 + 1.5 * 2^mantissa.
 CACR_INLINE Vec<float> exp_nonpositive(Vec<float> v) {
     typedef Vec<float> V;
-    typedef IntVec<float> I;
+    typedef VectorOf<float>::bits Bits;  // lanes beyond the exponents are discarded below
     const float magic = 12582912.0f;
     const V shifted = v * 1.44269504088896341f + magic;
     const V n = shifted - magic;
@@ -188,13 +190,13 @@ CACR_INLINE Vec<float> exp_nonpositive(Vec<float> v) {
     p = p * r + 4.999999404e-01f;
     p = p * r + 1.0f;
     p = p * r + 1.0f;
-    const V scaled = p * (V)(((I)shifted << 23) + 0x3f800000);
+    const V scaled = p * (V)(((Bits)shifted << 23) + 0x3f800000u);
     return select<float>(v < -87.0f, V{}, scaled);
 }
 
 CACR_INLINE Vec<double> exp_nonpositive(Vec<double> v) {
     typedef Vec<double> V;
-    typedef IntVec<double> I;
+    typedef VectorOf<double>::bits Bits;  // lanes beyond the exponents are discarded below
     const double magic = 6755399441055744.0;
     const V shifted = v * 1.44269504088896340736 + magic;
     const V n = shifted - magic;
@@ -205,7 +207,7 @@ CACR_INLINE Vec<double> exp_nonpositive(Vec<double> v) {
                                   1.0 / 5040.0,      1.0 / 720.0,      1.0 / 120.0,     1.0 / 24.0,     1.0 / 6.0,
                                   0.5,               1.0,              1.0};
     for (double f : factorial_inverse) p = p * r + f;
-    const V scaled = p * (V)(((I)shifted << 52) + 0x3ff0000000000000LL);
+    const V scaled = p * (V)(((Bits)shifted << 52) + 0x3ff0000000000000ULL);
     return select<double>(v < -700.0, V{}, scaled);
 }
 

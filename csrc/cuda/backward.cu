@@ -52,7 +52,7 @@ static int backward_fused(const Problem& problem) {
 }
 
 static bool fused_backward(const Problem& problem) {
-    return fused_takes(problem, shared_limit(cacr_fused_backward_kernel<Half, 2>, kFusedArchitecture));
+    return fused_takes(problem, [] { return shared_limit(cacr_fused_backward_kernel<Half, 2>, kFusedArchitecture); });
 }
 
 static i64 workspace_bytes(const Problem& problem) { return (i64)sizeof(float) * larger(1, backward_floats(problem)); }

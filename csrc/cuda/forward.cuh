@@ -34,7 +34,7 @@ struct ForwardShared {
 };
 
 // Both threads of a row combine their sums; afterwards both hold the whole row.
-CACR_DEVICE void merge_row_pair(RowState<float>& state) {
+CACR_DEVICE void merge_row_pair(float factor, RowState<float>& state) {
     RowState<float> other = state;
     other.max_x = shuffle_xor(state.max_x, 1);
     other.sum_x = shuffle_xor(state.sum_x, 1);
@@ -45,7 +45,7 @@ CACR_DEVICE void merge_row_pair(RowState<float>& state) {
     other.low_y = shuffle_xor(state.low_y, 1);
     other.dot_y = shuffle_xor(state.dot_y, 1);
     other.centre = shuffle_xor(state.centre, 1);
-    row_merge(state, other);
+    row_merge(state, factor, other);
 }
 
 // Adds this thread's half of its row's first `cols` logits; those of the first chunk twice, to know E_p[d] beforehand.
@@ -57,7 +57,7 @@ CACR_DEVICE void add_logits(const LogitChunks& logits, int cols, bool first, flo
     float max_x = -infinity();
     float max_y = -infinity();
     for (int col = begin; col < end; ++col) {
-        max_x = fmaxf(max_x, factor * x[col]);
+        max_x = fmaxf(max_x, ordered(factor, x[col]));
         max_y = fmaxf(max_y, y[col]);
     }
     if (first) {
@@ -67,7 +67,7 @@ CACR_DEVICE void add_logits(const LogitChunks& logits, int cols, bool first, flo
         for (int col = begin; col < end; ++col) row_add(state, factor, x[col], y[col]);
         row_restart(state);
     }
-    row_raise(state, max_x, max_y);
+    row_raise(state, factor, max_x, max_y);
     for (int col = begin; col < end; ++col) row_add(state, factor, x[col], y[col]);
     row_follow(state);
 }
@@ -127,7 +127,7 @@ CACR_KERNEL(kThreads, 3) cacr_forward_kernel(Problem problem, i64 first) {
         compare_chunk<0, F>(y, probs, n, row_start, col_start, factor, shared.logits, acc, state);
         compare_chunk<1, F>(y, probs, n, row_start, col_start, factor, shared.logits, acc, state);
     }
-    merge_row_pair(state);
+    merge_row_pair(factor, state);
     const int row = row_start + thread_index() / kThreadsPerRow;
     if (thread_index() % kThreadsPerRow != 0 || row >= n) return;
     set_row_numbers(stats, row, row_finish(state));

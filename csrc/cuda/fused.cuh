@@ -233,13 +233,14 @@ inline int fused_bytes(const Problem& problem, bool backward) {
                                        : fused_bytes<Half>(text, vision, backward);
 }
 
-// Whether fused kernels take these problems where a block may have `shared_bytes`. Forward and backward have to agree, as both
-// must form X alike: what matters is what the backward needs.
-inline bool fused_takes(const Problem& problem, int shared_bytes) {
+// Whether fused kernels take these problems where a block may have `shared_bytes()`, which is asked for if nothing else decides.
+// Forward and backward have to agree, as both must form X alike: what matters is what the backward needs.
+template <typename SharedBytes>
+bool fused_takes(const Problem& problem, SharedBytes&& shared_bytes) {
     const SpanTable& spans = problem.spans;
     return problem.options.kind != Kind::softmax && spans.n_text > 0 && spans.n_vision > 0 &&
            spans.n_text <= kFusedLongest && spans.n_vision <= kFusedLongest &&
-           kWarp * fused_warps(spans) <= fused_threads(7) && fused_bytes(problem, true) <= shared_bytes;
+           kWarp * fused_warps(spans) <= fused_threads(7) && fused_bytes(problem, true) <= shared_bytes();
 }
 
 }  // namespace cacr

@@ -23,7 +23,7 @@ struct FusedRow {
     // Formulas of row_grad; p - q of equal rows is 0 whatever the compiler fuses. The sums are no part of the exponent: what it
     // is rounded by there is many times a nearly uniform row's p - q.
     CACR_DEVICE RowGrad<float> gradient(float factor, float product, float y) const {
-        const float u = fused(factor, product, -numbers.max_x);
+        const float u = apart(factor, ordered(factor, product), numbers.max_x);
         const float v = y - numbers.max_y;
         const float d = u - v;
         const float p = product_of(exp2_of(u * kLog2E), inverse_x);

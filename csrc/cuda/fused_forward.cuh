@@ -43,7 +43,7 @@ CACR_DEVICE void compare_rows(const Matrix<F>& target, int row, int length, floa
         float max_y = -infinity();
         const auto raise = [&](float product, float y, bool inside) {
             if (!inside) return;
-            max_x = fmaxf(max_x, factor * product);
+            max_x = fmaxf(max_x, ordered(factor, product));
             max_y = fmaxf(max_y, y);
         };
         for_elements<probs>(target, row, r, length, x, raise, nothing);
@@ -53,7 +53,7 @@ CACR_DEVICE void compare_rows(const Matrix<F>& target, int row, int length, floa
         float weights = 0.0f;
         float weighted = 0.0f;
         const auto weigh = [&](float product, float y, bool inside) {
-            const float u = fused(factor, product, -max_x);
+            const float u = apart(factor, ordered(factor, product), max_x);
             const float d = u - (y - max_y);
             if (!inside) return;
             const float weight = fmaxf(fused(0.25f, u, 1.0f), 0.0f);
@@ -66,7 +66,7 @@ CACR_DEVICE void compare_rows(const Matrix<F>& target, int row, int length, floa
         RowSums all = {0.0f, 0.0f, 0.0f, 0.0f};
         RowSums few = {0.0f, 0.0f, 0.0f, 0.0f};  // sums of sums: terms of nearly uniform rows all round alike
         const auto add = [&](float product, float y, bool inside) {
-            const float u = fused(factor, product, -max_x);
+            const float u = apart(factor, ordered(factor, product), max_x);
             const float v = y - max_y;
             const float d = (u - v) - c;
             const float ex = exp2_of(u * kLog2E);

@@ -62,7 +62,10 @@ int launch_shared(void (*kernel)(Params...), i64 blocks, int threads, int bytes,
         // always the most there is: the attribute is the function's, and another thread may be about to launch it
         const int most = shared_limit(kernel, 0);
         const int error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
-        if (error) return error;
+        if (error) {
+            cudaGetLastError();  // told here, not of the next launch
+            return error;
+        }
     }
     kernel<<<(unsigned)blocks, threads, bytes, (cudaStream_t)stream>>>(args...);
     return cudaGetLastError();

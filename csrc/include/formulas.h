@@ -23,10 +23,23 @@ CACR_HD double log_of(double v) { return log(v); }
 CACR_HD float fused(float a, float b, float c) { return fmaf(a, b, c); }
 CACR_HD double fused(double a, double b, double c) { return fma(a, b, c); }
 
+// Logits are x = factor * product. Their order is that of the products, or of the negated ones.
+template <typename T>
+CACR_HD T ordered(T factor, T product) {
+    return factor < T(0) ? -product : product;
+}
+
+// factor * (a - b) of ordered products: x - m_x, rounded relative to itself, and exactly 0 at the maximum. (A fused
+// factor * product - m_x would be what m_x was rounded by there, which is large where x is.)
+template <typename T>
+CACR_HD T apart(T factor, T a, T b) {
+    return (factor < T(0) ? -factor : factor) * (a - b);
+}
+
 // Running sums over a row. Start with row_begin, add elements (row_add) or other partial rows (row_merge).
 template <typename T>
 struct RowState {
-    T max_x, sum_x, low_x;  // m_x, sum exp(x - m_x) as sum_x + low_x
+    T max_x, sum_x, low_x;  // largest ordered product, sum exp(x - m_x) as sum_x + low_x
     T max_y, sum_y, low_y;  // m_y, sum exp(y - m_y)
     T centre;               // c, near E_p[d]: E_p[d] and E_q[d] of nearly uniform rows agree in most digits
     T dot_x, dot_y;         // sum exp(x - m_x) (d - c), sum exp(y - m_y) (d - c), d = (x - m_x) - (y - m_y)
@@ -53,11 +66,12 @@ CACR_HD RowState<T> row_begin(T max_x, T max_y) {
 // place of the dots, whose small differences would be rounded at the size of `shift`; but where these elements lose most of
 // their weight in p, E_p[d] stays behind, and c becomes 0, the d of an element that is the largest in x and in y.
 template <typename T>
-CACR_HD void row_raise(RowState<T>& s, T tile_max_x, T tile_max_y) {
+CACR_HD void row_raise(RowState<T>& s, T factor, T tile_max_x, T tile_max_y) {
     const T max_x = tile_max_x > s.max_x ? tile_max_x : s.max_x;
     const T max_y = tile_max_y > s.max_y ? tile_max_y : s.max_y;
-    const T shift = (s.max_x - max_x) - (s.max_y - max_y);
-    const T cx = exp_of(s.max_x - max_x);
+    const T down = apart(factor, s.max_x, max_x);
+    const T shift = down - (s.max_y - max_y);
+    const T cx = exp_of(down);
     const T cy = exp_of(s.max_y - max_y);
     const T moved = s.centre + shift;
     const bool near = cx > T(0.5);
@@ -82,11 +96,11 @@ CACR_HD void add_exactly(T& sum, T& low, T term) {
     sum = total;
 }
 
-// Adds one element whose logits x = factor * product and y do not exceed the running maxima. x - m_x is rounded once, here and
-// in row_grad: the largest of nearly one-hot rows has to be the same in both.
+// Adds one element whose logits do not exceed the running maxima. x - m_x is rounded once, here and in row_grad: the largest of
+// nearly one-hot rows has to be the same in both.
 template <typename T>
 CACR_HD void row_add(RowState<T>& s, T factor, T product, T y) {
-    const T u = fused(factor, product, -s.max_x);
+    const T u = apart(factor, ordered(factor, product), s.max_x);
     const T v = y - s.max_y;
     const T d = (u - v) - s.centre;
     const T ex = exp_of(u);
@@ -117,9 +131,9 @@ CACR_HD void row_restart(RowState<T>& s) {
 
 // Adds the partial row o of the same row.
 template <typename T>
-CACR_HD void row_merge(RowState<T>& s, RowState<T> o) {
-    row_raise(s, o.max_x, o.max_y);
-    row_raise(o, s.max_x, s.max_y);
+CACR_HD void row_merge(RowState<T>& s, T factor, RowState<T> o) {
+    row_raise(s, factor, o.max_x, o.max_y);
+    row_raise(o, factor, s.max_x, s.max_y);
     s.sum_x += s.low_x;
     s.sum_y += s.low_y;
     o.sum_x += o.low_x;
@@ -173,7 +187,7 @@ CACR_HD RowScales<T> row_scales(const RowNumbers<T>& r) {
 
 template <typename T>
 CACR_HD RowGrad<T> row_grad(const RowScales<T>& r, T factor, T product, T y) {
-    const T u = fused(factor, product, -r.max_x);
+    const T u = apart(factor, ordered(factor, product), r.max_x);
     const T v = y - r.max_y;
     const T d = u - v;
     const T p = exp_of(u) * r.inverse_x;

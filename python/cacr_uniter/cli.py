@@ -1,6 +1,6 @@
 """The `cacr` command: finds the asked part, imports only that, and turns expected problems into one sentence.
 
-Exit status: 0 done, 1 something is wrong with the machine (doctor), 2 wrong input, 130 interrupted.
+Exit status: 0 done, 1 the data are damaged (data check), 2 wrong input, 130 interrupted.
 """
 
 from __future__ import annotations

@@ -83,6 +83,18 @@ def test_a_common_offset_of_the_scores_keeps_its_digits() -> None:
     assert ((loss / want - 1) ** 2).mean().sqrt() <= 7e-8
 
 
+@pytest.mark.parametrize("scale", [0.3, -0.3, 0.0])
+def test_the_largest_logit_of_a_row_is_its_maximum_to_the_bit(scale: float) -> None:
+    """A fused factor x - m_x leaves what m_x was rounded by: at logits of 1e9 and more exponentials of 0, and NaN."""
+    options, grad_loss = Options(projection_scale=scale), torch.ones(1, 2)
+    for std in (1.0, 1000.0):
+        attn = make_scores(20, 36, heads=2, std=std, seed=1)
+        want, (want_gradient,) = expected([attn], joint(20, 36), options, grad_loss)
+        loss, (gradient,) = run([attn], joint(20, 36), options, grad_loss)
+        assert relative_error(loss, want) <= 1e-5
+        assert relative_error(gradient, want_gradient) <= 1e-4
+
+
 def test_equal_distributions_give_exactly_zero() -> None:
     attn = make_scores(33, 33, heads=2, pattern="congruent")
     loss, (gradient,) = run([attn], joint(33, 33), Options(), torch.ones(1, 2))

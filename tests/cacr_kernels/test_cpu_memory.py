@@ -150,3 +150,17 @@ def test_the_environment_switches_it_off() -> None:
             [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
         )
         assert int(done.stdout) == want
+
+
+def test_a_setting_that_is_no_number_is_the_reason_why_the_backend_cannot_run() -> None:
+    program = "import cacr_kernels; print(cacr_kernels.backends()['cpu'].reason)"
+    environment = {**os.environ, "CACR_CPU_KEEP_MB": "1GB"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert "CACR_CPU_KEEP_MB must be a whole number of megabytes" in done.stdout
+
+
+def test_large_gradients_are_no_views() -> None:
+    x = torch.randn(1, 2, 400, 400, requires_grad=True)
+    (gradient,) = torch.autograd.grad(fused_cacr(x, 100, backend="cpu"), x)
+    assert not gradient._is_view()
+    gradient.mul_(torch.ones((), requires_grad=True))

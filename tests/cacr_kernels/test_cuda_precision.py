@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cacr_kernels.reference import cacr_closed_form
-from cacr_kernels.testing import errors, loss_and_gradients, make_scores, score_errors
+from cacr_kernels.testing import errors, loss_and_gradients, make_scores, relative_error, score_errors
 
 from .cuda_backend import FIXTURES, agree, cuda
 
@@ -35,6 +35,19 @@ def test_error_budget(device, short_spans, n_text, n_vision, options, budget):
     share = 2 if short_spans == "fused" and "dtype" not in options else 1
     assert measured.loss <= share * budget[0]
     assert measured.gradient <= share * budget[1]
+
+
+@pytest.mark.parametrize(
+    "options", [{"std": 1000.0}, {"std": 300.0}, {"std": 0.3, "mean": 40.0, "dtype": torch.float16}]
+)
+def test_the_largest_logit_of_a_row_is_its_maximum_to_the_bit(device, short_spans, options):
+    """A fused factor x - m_x leaves what m_x was rounded by: at logits of 1e8 and more sums of 0, and NaN."""
+    attn = make_scores(20, 36, seed=1, device=device, **options)
+    weight, problem = 1e-3, {"projection_scale": 0.3}  # so that the gradient fits in float16
+    loss, (gradient,) = loss_and_gradients(lambda x: weight * cuda(x, 20, **problem), attn)
+    want, (want_gradient,) = loss_and_gradients(lambda x: weight * cacr_closed_form(x, 20, **problem), attn.double())
+    assert relative_error(loss, want) <= 1e-5
+    assert relative_error(gradient, want_gradient) <= (1e-3 if "dtype" in options else 1e-4)
 
 
 def at_most_twice_the_errors_of_the_closed_form(n_text, n_vision, **options):

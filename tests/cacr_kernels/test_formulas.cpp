@@ -69,12 +69,12 @@ static RowState<T> walk(T factor, const std::vector<T>& x, const std::vector<T>&
     RowState<T> s = row_begin<T>(low_x, low_y);
     for (size_t j = begin; j < end; j += tile) {
         const size_t stop = j + tile < end ? j + tile : end;
-        T top_x = factor * x[j], top_y = y[j];
+        T top_x = ordered(factor, x[j]), top_y = y[j];
         for (size_t k = j; k < stop; ++k) {
-            top_x = std::fmax(top_x, factor * x[k]);
+            top_x = std::fmax(top_x, ordered(factor, x[k]));
             top_y = std::fmax(top_y, y[k]);
         }
-        row_raise(s, top_x, top_y);
+        row_raise(s, factor, top_x, top_y);
         for (size_t k = j; k < stop; ++k) row_add(s, factor, x[k], y[k]);
         if (j == begin) {
             row_restart(s);
@@ -123,9 +123,9 @@ static void check_hard_rows(const char* what, T factor, double deviation_x, doub
             }
             if (ascending) std::sort(y.begin(), y.end());
             const WideRow want = wide_row(factor, x, y);
-            const T low_x = factor * std::fmin(x[0], x[50]), low_y = std::fmin(y[0], y[50]);
+            const T low_x = std::fmin(ordered(factor, x[0]), ordered(factor, x[50])), low_y = std::fmin(y[0], y[50]);
             RowState<T> s = walk<T>(factor, x, y, 0, 50, 16, low_x, low_y);
-            row_merge(s, walk<T>(factor, x, y, 50, 100, 16, low_x, low_y));
+            row_merge(s, factor, walk<T>(factor, x, y, 50, 100, 16, low_x, low_y));
             want_loss += want.loss;
             loss += row_loss(s);
             const RowScales<T> scales = row_scales(row_finish(s));
@@ -165,13 +165,15 @@ static void check_rows(double eps) {
                     if (n < 2) continue;
                     const T low_x = std::fmin(x[0], x[n / 2]), low_y = std::fmin(y[0], y[n / 2]);
                     RowState<T> s = walk<T>(1, x, y, 0, n / 2, tile, low_x, low_y);
-                    row_merge(s, walk<T>(1, x, y, n / 2, n, tile, low_x, low_y));
+                    row_merge<T>(s, 1, walk<T>(1, x, y, n / 2, n, tile, low_x, low_y));
                     check_state<T>("merged halves", s, x, y, want, eps);
                 }
     check_hard_rows<T>("nearly uniform rows", 1, 1e-6, 1e-3, false, 60 * eps, 1500 * eps, generator);
     check_hard_rows<T>("nearly uniform ascending rows", 1, 1e-6, 1e-3, true, 200 * eps, 1500 * eps, generator);
     check_hard_rows<T>("nearly one-hot rows", 1, 1e5, 10, false, 4 * eps, 50 * eps, generator);
     check_hard_rows<T>("nearly one-hot scaled rows", (T)0.3, 3e5, 10, false, 4 * eps, 50 * eps, generator);
+    check_hard_rows<T>("nearly one-hot negated rows", (T)-0.3, 3e5, 10, false, 4 * eps, 50 * eps, generator);
+    check_hard_rows<T>("one-hot scaled rows of 1e15", (T)0.3, 3e15, 10, false, 4 * eps, 50 * eps, generator);
     // Equal distributions: exactly zero, and so are both derivatives.
     const std::vector<T> same = {(T)-3, (T)1.25, (T)0.5, (T)-40};
     const RowState<T> s = walk<T>(1, same, same, 0, 4, 2, (T)-3, (T)-3);

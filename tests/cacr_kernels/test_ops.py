@@ -320,3 +320,46 @@ def test_kernels_are_launched_on_the_device_of_their_input(monkeypatch):
     assert ops._forward("scores", [elsewhere], *problem, True) == "loss"
     assert ops._backward("scores", None, [elsewhere], [], *problem) == "gradients"
     assert entered == [torch.device("cuda", 1)] * 2
+
+
+def test_a_lazily_negated_gradient_is_negated(kernel, device):
+    attn = torch.randn(2, 2, 9, 9, device=device).requires_grad_()
+
+    def gradient(function):
+        loss = function(fused_cacr(attn, 4, reduction="none", backend=kernel))
+        return torch.autograd.grad(loss, attn)[0]
+
+    weights = torch.complex(torch.ones(2, 2, device=device), torch.full((2, 2), 2.0, device=device))
+    lazy = gradient(lambda loss: (torch.complex(torch.zeros_like(loss), loss).conj() * weights).real.sum())
+    torch.testing.assert_close(lazy, gradient(lambda loss: 2 * loss.sum()))
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_saved_tensors_from_hooks_may_lie_in_any_memory(kernel, device, kept):
+    attn = torch.randn(2, 2, 9, 9, device=device)
+    weights = torch.arange(1.0, 5.0, device=device).view(2, 2)
+    seen = []
+
+    def unpack(x):
+        seen.append(x.clone())
+        return x.mT.contiguous().mT if x.dim() == 4 else x
+
+    results = []
+    for hooks in (torch.autograd.graph.saved_tensors_hooks(lambda x: x, unpack), contextlib.nullcontext()):
+        leaf = attn.clone().requires_grad_()
+        with hooks:
+            loss = fused_cacr(leaf, 4, reduction="none", backend=kernel)
+        results += torch.autograd.grad(loss, leaf, weights, retain_graph=kept)
+    torch.testing.assert_close(*results)
+    assert seen
+
+
+def test_nothing_but_zeros_outside_the_spans_whatever_the_gradient_of_the_loss(kernel, device):
+    attn = torch.randn(1, 2, 9, 9, device=device).requires_grad_()
+    loss = fused_cacr(attn, 3, n_vision=4, vision_start=4, backend=kernel, reduction="none")
+    (gradient,) = torch.autograd.grad(loss, attn, torch.tensor([[float("inf"), float("nan")]], device=device))
+    outside = torch.ones(9, 9, dtype=torch.bool, device=device)
+    spans = torch.tensor([0, 1, 2, 4, 5, 6, 7], device=device)
+    outside[spans[:, None], spans] = False
+    assert (gradient[..., outside] == 0).all()
+    assert not gradient[..., ~outside].isfinite().any(-1).all()

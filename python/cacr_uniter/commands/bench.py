@@ -173,7 +173,8 @@ def make_plan(args: argparse.Namespace, device: str) -> Plan:
 
 
 def _plot(argv: list[str]) -> int:
-    args = _parser("plot", "Draw pictures and a summary from the CSV files of a results folder.").parse_args(argv)
+    words = "Draw pictures and a summary from the CSV files of a results folder."
+    args = _parser("plot", words, f"folder of the results (default: all below {DEFAULT_OUT})").parse_args(argv)
 
     from cacr_uniter.benchmark.plots import draw
     from cacr_uniter.benchmark.results import any_in
