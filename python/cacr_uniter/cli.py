@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "data check": ("data_check", "read a database and say what is wrong with it"),
     "eval winoground": ("eval_winoground", "text, image and group scores of a checkpoint or a score file"),
     "eval retrieval": ("eval_retrieval", "image and text retrieval recall of a checkpoint"),
+    "eval attention": ("eval_attention", "how congruent the attention of a checkpoint is, by layer, and its picture"),
     "bench": ("bench", "kernels beside their peers, training cost, numerics, pictures; see cacr bench --help"),
 }
 """Command to (module of `cacr_uniter.commands`, summary)."""

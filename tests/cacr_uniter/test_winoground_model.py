@@ -26,22 +26,13 @@ from cacr_uniter.evaluation.winoground import read_scores
 from cacr_uniter.model import UniterForRetrieval
 from cacr_uniter.model.checkpoint import export_safetensors
 
-TINY = (
-    *("--model.hidden_size=16", "--model.num_hidden_layers=2", "--model.num_attention_heads=2"),
-    *("--model.intermediate_size=32", "--optim.steps=3", "--optim.warmup=1", "--run.validate_every=0"),
-    *("--run.tensorboard=false", "--run.report=false", "--run.device=cpu", "--batch.anchors=4"),
-)
+from .tiny_model import TINY_RUN, write_scenes_and_run
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `scenes` and a finished `run`."""
-    folder = tmp_path_factory.mktemp("world")
-    sizes = ["--n-train", "24", "--n-val", "8", "--n-winoground", "12", "--size", "64", "--things", "6"]
-    assert cli.main(["data", "scenes", "--out", str(folder / "scenes"), *sizes]) == 0
-    train = ["--preset", "demo", f"--data.scenes={folder / 'scenes'}", f"--run.out={folder / 'run'}", *TINY]
-    assert cli.main(["train", *train]) == 0
-    return folder
+    return write_scenes_and_run(tmp_path_factory.mktemp("world"))
 
 
 def evaluate(world: Path, capsys: pytest.CaptureFixture[str], *argv: str) -> dict:
@@ -229,7 +220,7 @@ def test_a_head_that_nobody_trained_is_refused(world: Path, tmp_path: Path, caps
             f"--run.out={tmp_path / name}",
             f"--model.checkpoint={checkpoint}",
         ]
-        assert cli.main(["train", "--preset", "demo", *words, *TINY, *start]) == 0
+        assert cli.main(["train", "--preset", "demo", *words, *TINY_RUN, *start]) == 0
     for folder in (tmp_path / "mine", tmp_path / "mine" / "best"):
         message = refusal(world, capsys, folder, "--head", "itm")
         assert (
@@ -248,7 +239,7 @@ def test_damaged_weights_are_refused(world: Path, tmp_path: Path, capsys: pytest
     data[-7] ^= 4
     path.write_bytes(data)
     assert f"checkpoint {path.parent} is damaged (model.saf" in refusal(world, capsys, tmp_path / "run")
-    words = [f"--data.scenes={world / 'scenes'}", f"--run.out={tmp_path / 'next'}", *TINY]
+    words = [f"--data.scenes={world / 'scenes'}", f"--run.out={tmp_path / 'next'}", *TINY_RUN]
     assert cli.main(["train", "--preset=demo", f"--model.checkpoint={tmp_path / 'run'}", *words]) == 2
     assert "model.safetensors is not what was written" in capsys.readouterr().err
     (path.parent / "state.json").unlink()

@@ -1,10 +1,13 @@
-"""A tiny UNITER and batches for it: what the tests of the network share."""
+"""A tiny UNITER, batches for it, and a tiny run: what several tests share."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 import torch
 
+from cacr_uniter import cli
 from cacr_uniter.data.batch import Batch, Pairs, collate
 from cacr_uniter.model import UniterConfig, UniterForRetrieval
 
@@ -38,3 +41,20 @@ def model() -> UniterForRetrieval:
 
 #: for the test files, under the name of the fixture
 FIXTURES = model
+
+
+TINY_RUN = (
+    *("--model.hidden_size=16", "--model.num_hidden_layers=2", "--model.num_attention_heads=2"),
+    *("--model.intermediate_size=32", "--optim.steps=3", "--optim.warmup=1", "--run.validate_every=0"),
+    *("--run.tensorboard=false", "--run.report=false", "--run.device=cpu", "--batch.anchors=4"),
+)
+"""Options of `cacr train --preset demo`."""
+
+
+def write_scenes_and_run(folder: Path) -> Path:
+    """The folder, with `scenes` of 12 Winoground-like examples and a finished `run`."""
+    sizes = ["--n-train", "24", "--n-val", "8", "--n-winoground", "12", "--size", "64", "--things", "6"]
+    assert cli.main(["data", "scenes", "--out", str(folder / "scenes"), *sizes]) == 0
+    train = ["--preset", "demo", f"--data.scenes={folder / 'scenes'}", f"--run.out={folder / 'run'}", *TINY_RUN]
+    assert cli.main(["train", *train]) == 0
+    return folder

@@ -83,6 +83,23 @@ def score_examples(
         UserError: a caption or image of an example is not in the databases, or a caption is too long for the model.
     """
     dataset.check_lengths(model.config.max_position_embeddings)
+    captions = caption_ids(examples, dataset)
+    pairs = [
+        (ids[c], example.images[i])
+        for example, ids in zip(examples, captions, strict=True)
+        for c in (0, 1)
+        for i in (0, 1)
+    ]
+    scores = score_pairs(model, dataset, pairs, head, batch_size, progress)
+    return scores.reshape(-1, 2, 2).astype(np.float64)
+
+
+def caption_ids(examples: Sequence[Example], dataset: RetrievalDataset) -> list[tuple[str, str]]:
+    """Ids of the two captions of every example.
+
+    Raises:
+        UserError: a caption or image of an example is not in the databases.
+    """
     captions = [example.caption_ids or _caption_ids(example, dataset) for example in examples]
     for example, ids in zip(examples, captions, strict=True):
         for kind, names, known in (
@@ -92,14 +109,7 @@ def score_examples(
             absent = [name for name in names if name not in known]
             if absent:
                 raise UserError(f"example {example.id}: {kind} {absent[0]!r} is not in the database")
-    pairs = [
-        (ids[c], example.images[i])
-        for example, ids in zip(examples, captions, strict=True)
-        for c in (0, 1)
-        for i in (0, 1)
-    ]
-    scores = score_pairs(model, dataset, pairs, head, batch_size, progress)
-    return scores.reshape(-1, 2, 2).astype(np.float64)
+    return captions
 
 
 def _caption_ids(example: Example, dataset: RetrievalDataset) -> tuple[str, str]:
