@@ -26,6 +26,9 @@ from .problem import Options, Spans
 from .reference import qk_reference, scores_reference
 from .reference.blocks import accumulation_dtype
 
+#: devices that autocast knows; asked for here, since Dynamo of torch 2.11 cannot trace the question
+_AUTOCAST = frozenset(name for name in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(name))
+
 
 def fused_cacr(
     attn: Tensor,
@@ -232,8 +235,7 @@ def _run(
             options = replace(options, expected_grad=1 / max(x.shape[0] * x.shape[1], 1))
         loss = congruence(variant, inputs, spans, options, chosen, scale)
     else:
-        autocast = torch.amp.is_autocast_available(x.device.type)
-        with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
+        with torch.autocast(x.device.type, enabled=False) if x.device.type in _AUTOCAST else nullcontext():
             if variant == "qk":
                 loss = qk_reference(inputs, spans, options, scale)
             else:
