@@ -238,7 +238,7 @@ class _Cpu:
         """d sum(grad_loss * loss) / d input for each input; grad_loss [B, H] with any strides."""
         grad_loss = grad_loss.to(_loss_dtype(inputs))
         if saved:
-            return [_scale(g.contiguous(), _new_gradient(g), grad_loss, options.expected_grad) for g in saved]
+            return [_scale(g, _new_gradient(g), grad_loss, options.expected_grad) for g in saved]
         gradients = _new_gradients(inputs)
         problem = _problem(inputs, spans, options)
         problem.set_grad_loss(grad_loss.data_ptr(), grad_loss.stride())
@@ -273,7 +273,7 @@ class _Cpu:
         """d sum(grad_loss * loss) / d q and / d k; grad_loss [B, H] with any strides."""
         grad_loss = grad_loss.to(_loss_dtype(inputs))
         if saved:
-            return [_scale(g.contiguous(), _new_gradient(g), grad_loss, options.expected_grad) for g in saved]
+            return [_scale(g, _new_gradient(g), grad_loss, options.expected_grad) for g in saved]
         gradients = _new_gradients(inputs)
         problem = _qk_problem(inputs, spans, options, scale)
         problem.set_grad_loss(grad_loss.data_ptr(), grad_loss.stride())

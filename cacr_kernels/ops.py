@@ -124,7 +124,7 @@ class _Congruence(torch.autograd.Function):
         ctx.problem = problem
         ctx.n_inputs = len(inputs)
         ctx.save_for_backward(table, *inputs, *saved)
-        ctx.addresses = _addresses(saved) if _is_cpu(problem) and _have_numbers(saved) else []
+        ctx.addresses = _addresses(saved) if problem[-1] == "cpu" and _have_numbers(saved) else []
         return loss
 
     @staticmethod
@@ -162,10 +162,6 @@ def _owns_gradients(ctx: Any, grad_loss: Tensor, saved: list[Tensor]) -> bool:
     if not ctx.addresses or not _have_numbers([grad_loss, *saved]) or grad_loss.is_neg() or grad_loss._is_zerotensor():
         return False
     return _addresses(saved) == ctx.addresses
-
-
-def _is_cpu(problem: tuple[Any, ...]) -> bool:
-    return bool(problem[-1] == "cpu")
 
 
 def _have_numbers(tensors: list[Tensor]) -> bool:

@@ -67,12 +67,11 @@ def forms_x_alike(key: Key, launch: Launch, arch: int) -> bool:
         axis = "BLOCK_I" if key.kernel in FORMS_X else None
     else:
         axis = {"forward": "BLOCK_M", "rows": "BLOCK_M", "columns": "BLOCK_N"}.get(key.kernel)
-    holds_sides = key.kernel.startswith("whole")
-    if axis is None and not holds_sides:
+    if axis is None and not key.kernel.startswith("whole"):
         return True
 
     def in_groups(entry: Launch) -> bool:
-        rows = 64 if holds_sides or axis is None else entry.blocks[axis]
+        rows = entry.blocks[axis] if axis is not None else 64  # of whole sides at least
         return rows >= 64 and entry.num_warps % 4 == 0
 
     known = builtin(key, arch)

@@ -142,7 +142,7 @@ class Stack(nn.Module):
 def test_compiled_layers_that_share_code_have_their_own_hooks():
     """Dynamo leaves hooks out of its guards unless told: the last layer would run the code of the first."""
     torch._dynamo.reset()
-    model = Stack([Attention(), Attention()])
+    model = Stack([Attention(), Attention(), Attention()])  # the first has code of its own: its input has no gradient
     last = of_linears(model.layers[-1])
     inputs = [torch.randn(3, 7, 16) for _ in range(2)]
     model(inputs[0])

@@ -229,6 +229,14 @@ def test_two_warps_are_no_warp_group_which_would_form_x_by_another_instruction(k
     assert space.fits_the_others(key, replace(space.builtin(key, 80), num_warps=2), 80)
 
 
+def test_fewer_rows_than_64_form_x_by_another_instruction_on_hopper():
+    for name in ("whole_rows_128", "forward_128", "rows_64"):
+        key = Key("scores", name, "float32")
+        builtin = space.builtin(key, 90)
+        assert builtin.blocks["BLOCK_I"] == 64
+        assert not space.fits_the_others(key, replace(builtin, blocks=builtin.blocks | {"BLOCK_I": 32}), 90)
+
+
 def test_entries_replace_what_was_measured_before():
     again = replace(ENTRIES[0], launch=Launch(ENTRIES[0].launch.blocks, 2, 2))
     assert table.merged(ENTRIES, [again]) == [again, *ENTRIES[1:]]

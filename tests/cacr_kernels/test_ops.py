@@ -362,4 +362,21 @@ def test_nothing_but_zeros_outside_the_spans_whatever_the_gradient_of_the_loss(k
     spans = torch.tensor([0, 1, 2, 4, 5, 6, 7], device=device)
     outside[spans[:, None], spans] = False
     assert (gradient[..., outside] == 0).all()
-    assert not gradient[..., ~outside].isfinite().any(-1).all()
+    assert not gradient[..., ~outside].isfinite().any()
+
+
+def test_gradients_that_were_given_away_are_not_given_again(device):
+    if not native.cpu_status()[0]:
+        pytest.skip(f"cpu: {native.cpu_status()[1]}")
+    attn = torch.randn(2, 2, 9, 9).requires_grad_()
+    loss = fused_cacr(attn, 4, reduction="none", backend="cpu")
+
+    def interrupt(*_):
+        raise InterruptedError
+
+    handle = loss.grad_fn.register_hook(interrupt)
+    with pytest.raises(InterruptedError):
+        loss.backward(torch.full((2, 2), 3.0))
+    handle.remove()
+    with pytest.raises(RuntimeError, match="gave its saved gradients away"):
+        loss.backward(torch.full((2, 2), 3.0))

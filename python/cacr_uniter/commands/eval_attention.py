@@ -24,15 +24,11 @@ def main(argv: list[str]) -> int:
     from cacr_uniter.evaluation.attention_plot import draw
     from cacr_uniter.evaluation.congruence import congruence, maps, words_of
     from cacr_uniter.evaluation.scoring import caption_ids, load_model, open_examples, pick_device, run_rule
-    from cacr_uniter.training.checkpoint import unfinished
 
     rule = asked_rule(args) or run_rule(args.checkpoint)
     dataset, examples = open_examples(args.data, args.examples, args.text, args.images, rule)
     sizes, vocabulary = (dataset.text_db.vocab_size, dataset.feature_dim), dataset.text_db.vocabulary
     model = load_model(args.checkpoint, args.model_size, *sizes, pick_device(args.device), "rank", tell, vocabulary)
-    left = unfinished(args.checkpoint)
-    if left is not None:
-        tell(f"{left}: training is not finished")
     dataset.check_lengths(model.config.max_position_embeddings)
     captions = caption_ids(examples, dataset)
     chosen = range(min(len(examples), args.max_examples or len(examples)))
@@ -58,7 +54,10 @@ def main(argv: list[str]) -> int:
             lambda done, total: progress("pairs", done, total),
         )
     report = summary(found, args.kind)
-    print(json.dumps(report, indent=1)) if args.json else show(report)
+    if args.json:
+        print(json.dumps(report, indent=1))
+    else:
+        show(report)
     return 0
 
 

@@ -40,7 +40,6 @@ def evaluate(args: argparse.Namespace, rank: int, processes: int) -> dict[str, A
     from cacr_uniter.evaluation import matrix
     from cacr_uniter.evaluation.retrieval import recall, subset
     from cacr_uniter.evaluation.scoring import load_model, pick_device, run_rule
-    from cacr_uniter.training.checkpoint import unfinished
     from cacr_uniter.training.config import DataConfig
     from cacr_uniter.training.data import open_source
 
@@ -51,9 +50,6 @@ def evaluate(args: argparse.Namespace, rank: int, processes: int) -> dict[str, A
     say = tell if rank == 0 else lambda text: None
     data_sizes = text_db.vocab_size, dataset.feature_dim
     model = load_model(args.checkpoint, args.model_size, *data_sizes, device, args.head, say, text_db.vocabulary)
-    left = unfinished(args.checkpoint)
-    if left is not None:
-        say(f"{left}: training is not finished")
     say(f"regions of {dataset.image_db.folder}: {dataset.image_db.rule}")
     limit = args.max_images or len(dataset.image_names)
     number = {name: i for i, name in enumerate(dataset.image_names)}

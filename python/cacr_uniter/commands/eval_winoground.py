@@ -99,7 +99,6 @@ def _from_file(args: argparse.Namespace) -> Opened:
 def _from_model(args: argparse.Namespace) -> Opened:
     from cacr_uniter.commands.progress import bars, tell
     from cacr_uniter.evaluation.scoring import Head, load_model, open_examples, pick_device, run_rule, score_examples
-    from cacr_uniter.training.checkpoint import unfinished
 
     rule = asked_rule(args) or run_rule(args.checkpoint)
     dataset, examples = open_examples(args.data, args.examples, args.text, args.images, rule)
@@ -107,9 +106,6 @@ def _from_model(args: argparse.Namespace) -> Opened:
     head: Head = args.head or "rank"
     device = pick_device(args.device or "auto")
     model = load_model(args.checkpoint, args.model_size, *sizes, device, head, tell, vocabulary)
-    left = unfinished(args.checkpoint)
-    if left is not None:
-        tell(f"{left}: training is not finished")
     tell(f"regions of {dataset.image_db.folder}: {dataset.image_db.rule}")
 
     def score() -> Scores:

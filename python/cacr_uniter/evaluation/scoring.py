@@ -166,13 +166,14 @@ def load_model(
         size: for a file: "base", "large" or the path of a configuration JSON; None is "base".
         vocab_size, img_dim: of the data; they must fit the model.
         head: that will score; a missing ranking head is made from the match row of the matching head.
-        say: told what was loaded, and warned where weights of unknown captions have more word pieces than the data.
+        say: told what was loaded, and whether its training was stopped; warned where weights of unknown captions have
+            more word pieces than the data.
         vocabulary: of the data; it must be that of the captions which trained the model, where both are known.
 
     Raises:
         UserError: nothing loadable there, it is damaged, does not fit the data, or lacks the head or never trained it.
     """
-    from cacr_uniter.training.checkpoint import verify_weights
+    from cacr_uniter.training.checkpoint import unfinished, verify_weights
 
     folder = _run_checkpoint(path)
     if folder is not None:
@@ -215,6 +216,9 @@ def load_model(
             f"score at random; take --head {' or '.join(report.heads)}"
         )
     say(str(report))
+    left = unfinished(path)
+    if left is not None:
+        say(f"{left}: training is not finished")
     return model.to(device).eval()
 
 
