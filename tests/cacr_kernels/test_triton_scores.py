@@ -1,106 +1,17 @@
-"""The Triton scores kernels, called as cacr_kernels.ops calls them.
-
-Without a GPU they run under Triton's interpreter (conftest.py sets TRITON_INTERPRET before triton is imported), with
-one, on it. All paths are exercised at small sizes: without buckets, all spans are large.
-"""
+"""The Triton scores kernels against the reference: sizes, options, spans, layouts, and what lies outside the spans."""
 
 from __future__ import annotations
-
-from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
 
-from cacr_kernels import fused_cacr
 from cacr_kernels.problem import ROW_NUMBERS, Options, Spans
-from cacr_kernels.reference import cacr_closed_form, cacr_loop
-from cacr_kernels.reference.closed_form import scores_reference
-from cacr_kernels.testing import make_input, relative_error, score_errors
+from cacr_kernels.reference import cacr_loop
+from cacr_kernels.testing import relative_error
 
-pytest.importorskip("triton")
-from cacr_kernels.triton import host, scores_backward, scores_forward
-from cacr_kernels.triton.configs import INTERPRETER, Launch
+from .triton_scores import DEVICE, FIXTURES, attention, check, expected, host, run, scores_forward
 
-from .tensor_cores import tensor_cores  # noqa: F401
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-PATHS = ("small", "whole sides", "whole logits", "large")
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch):
-    """What is allocated without a value is NaN: nothing may count on it, and every element of a result is written."""
-
-    def poisoned(allocate):
-        def poison(*args, **kwargs):
-            x = allocate(*args, **kwargs)
-            return x.fill_(float("nan")) if x.is_floating_point() else x
-
-        return poison
-
-    for name in ("empty", "empty_like"):
-        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
-
-
-@pytest.fixture(params=PATHS)
-def path(request, monkeypatch):
-    if request.param == "large":
-        monkeypatch.setattr(host, "BUCKETS", ())
-    if request.param.startswith("whole"):
-        if DEVICE == "cuda":
-            pytest.skip("a GPU's own plan says which sides are held whole: this is 'small' once more")
-        monkeypatch.setattr(host, "INTERPRETER", replace(host.INTERPRETER, whole=request.param.removeprefix("whole ")))
-    if request.param == "whole logits" and DEVICE == "cpu":
-        # its passes form X in tiles of different sizes, whose products numpy would sum in different orders
-        request.getfixturevalue("tensor_cores")
-    return request.param
-
-
-def run(inputs, spans, options=None, grad_loss=None):
-    """(loss [B, H], gradients) of the kernels; grad_loss defaults to distinct weights."""
-    options = options or Options()
-    inputs = [x.to(DEVICE) for x in inputs]
-    loss, saved = scores_forward(inputs, spans, options, True)
-    if grad_loss is None:
-        grad_loss = torch.linspace(0.5, 2.0, max(loss.numel(), 1), device=DEVICE)[: loss.numel()].view(loss.shape)
-    return loss, scores_backward(grad_loss, inputs, saved, spans, options), grad_loss
-
-
-def expected(inputs, spans, options, grad_loss):
-    leaves = [x.detach().to(DEVICE, torch.float64).requires_grad_() for x in inputs]
-    loss = scores_reference(leaves, spans, options)
-    gradients = torch.autograd.grad((loss * grad_loss).sum(), leaves, allow_unused=True)
-    return loss.detach(), [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, gradients)]
-
-
-def check(inputs, spans, options=None, loss_budget=1e-6, gradient_budget=5e-6):
-    options = options or Options()
-    loss, gradients, grad_loss = run(inputs, spans, options)
-    want_loss, want_gradients = expected(inputs, spans, options, grad_loss)
-    assert loss.dtype == torch.float32
-    assert relative_error(loss, want_loss) <= loss_budget
-    for x, gradient, want in zip(inputs, gradients, want_gradients):
-        assert gradient.dtype == x.dtype
-        assert gradient.shape == x.shape
-        assert gradient.is_contiguous()
-        assert relative_error(gradient, want) <= gradient_budget
-    return loss, gradients
-
-
-def attention(kind, n, *, batch=1, heads=1, std=0.5, seed=0, dtype=torch.float32):
-    """[batch, heads, n, n]: scores, or probabilities for kind "probs"."""
-    half = n // 2
-    return make_input(kind, half, n - half, batch=batch, heads=heads, std=std, seed=seed, dtype=dtype)
-
-
-@pytest.fixture
-def small_tiles(monkeypatch):
-    """Several tiles along every axis at sizes that the interpreter can afford."""
-    kernels = {
-        name: Launch(dict.fromkeys(entry.blocks, 32), entry.num_warps) for name, entry in INTERPRETER.kernels.items()
-    }
-    monkeypatch.setattr(host, "INTERPRETER", replace(host.INTERPRETER, kernels=kernels))
+poisoned_memory, path, small_tiles, tensor_cores = FIXTURES
 
 
 @pytest.mark.parametrize("kind", ["scores", "softmax"])
@@ -297,83 +208,6 @@ def test_repeated_runs_agree_bit_for_bit(path, kind):
     second = run([attn], spans, options)
     assert torch.equal(first[0], second[0])
     assert torch.equal(first[1][0], second[1][0])
-
-
-def test_equal_distributions_give_exactly_zero(path):
-    attn = make_input("scores", 20, 20, pattern="congruent")
-    loss, gradients, _ = run([attn], Spans(0, 20, 20, 20))
-    assert (loss == 0).all()
-    assert (gradients[0] == 0).all()
-
-
-def test_extreme_logits(path):
-    attn = attention("scores", 20, std=1.0)
-    attn[..., :8, :8] *= 1e4
-    check([attn], Spans(0, 8, 8, 12), gradient_budget=1e-5)
-
-
-def measured(function, n_text, n_vision, **options):
-    """Root mean square errors over four problems."""
-    return score_errors(function, n_text, n_vision, count=4, device=DEVICE, **options)
-
-
-def test_a_common_offset_costs_no_precision(path):
-    """Without centring 2.3e-07 and 1.6e-05, as the eager closed form: X is then near -2.7e5."""
-    errors = measured(partial(fused_cacr, backend="triton"), 60, 100, std=0.3, mean=-3.0)
-    assert errors.loss <= (1e-7 if DEVICE == "cpu" else 1e-6)
-    assert errors.gradient <= (1e-6 if DEVICE == "cpu" else 2e-5)
-
-
-@pytest.mark.parametrize(
-    ("n_text", "n_vision", "options"),
-    [
-        # E_p[d] and E_q[d] are nearly equal: with a reference far from both, the loss is 40 times worse
-        (20, 36, {"pattern": "uniform"}),
-        # rows nearly one-hot, maxima that move by 1e4 from tile to tile: E_p[d] must not be rounded at that size
-        (8, 40, {"std": 10.0}),
-    ],
-    ids=["nearly uniform rows", "nearly one-hot rows"],
-)
-def test_at_most_twice_the_error_of_the_closed_form(path, small_tiles, n_text, n_vision, options):
-    errors = measured(partial(fused_cacr, backend="triton"), n_text, n_vision, **options)
-    eager = measured(cacr_closed_form, n_text, n_vision, **options)
-    least = 2e-7 if DEVICE == "cpu" else 1e-6  # tensor cores truncate their sums
-    assert errors.loss <= 2 * eager.loss + least
-    assert errors.gradient <= 2 * eager.gradient + least
-
-
-def test_near_congruent_rows(path):
-    n = 16
-    generator = torch.Generator().manual_seed(3)
-    attn = torch.zeros(1, 1, 2 * n, 2 * n)
-    attn[..., :n, n:] = torch.eye(n)
-    attn[..., n:, n:] = torch.randn(n, n, generator=generator)
-    attn[..., :n, :n] = attn[..., n:, n:] + 100 + 1e-2 * torch.randn(n, n, generator=generator)
-    loss, _, _ = run([attn], Spans(0, n, n, n), Options(sides="text"))
-    want, _ = expected([attn], Spans(0, n, n, n), Options(sides="text"), torch.ones(1, 1, device=DEVICE))
-    assert (loss >= 0).all()
-    assert relative_error(loss, want) <= 1e-4
-
-
-@pytest.mark.parametrize(
-    ("dtype", "kind"),
-    [
-        (torch.float16, "scores"),
-        (torch.bfloat16, "scores"),
-        (torch.bfloat16, "softmax"),
-        (torch.float16, "probs"),
-    ],
-)
-def test_half_precision_inputs(path, dtype, kind):
-    attn = attention(kind, 40, dtype=dtype)
-    check([attn], Spans(1, 6, 7, 33), Options(kind=kind), loss_budget=1e-5, gradient_budget=4e-3)
-
-
-def test_large_float16_scores_do_not_overflow(path):
-    attn = attention("scores", 24, std=40.0, dtype=torch.float16)
-    loss, _, _ = run([attn], Spans(0, 8, 8, 16))
-    want, _ = expected([attn], Spans(0, 8, 8, 16), Options(), torch.ones(1, 1, device=DEVICE))
-    assert relative_error(loss, want) <= 1e-5
 
 
 @pytest.mark.parametrize(("batch", "n_text", "n_vision"), [(0, 3, 4), (2, 0, 4), (2, 3, 0)])
